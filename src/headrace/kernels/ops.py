@@ -1,0 +1,115 @@
+"""The op table: all that a model is written in.
+
+`model/decoder.py` calls these on an op set and never looks at what the operands are. `reference.py` runs each call at once,
+on numpy arrays; a recording set returns slots of a program that is replayed later. So an op has no hidden state, takes
+its metadata as operands, and each row of its result depends on that row's operands alone, summed in one fixed order.
+
+Shapes: `rows` counts the tokens of a batch, over all chunks. Activations are float32 [rows, width]. Weights are opaque:
+`pack` makes a Matrix from a file's tensor, and only the same op set reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any  # what an op set computes on: numpy arrays, or slots of a recorded program
+Matrix = Any  # a packed weight [out, in]
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Rotary embedding as data: `inv_freq` float32 [rotated / 2] (radians a position), and a factor on cos and sin (yarn).
+
+    Pairs are (i, i + rotated/2), the layout of Hugging Face checkpoints; columns past `rotated` pass through.
+    """
+
+    inv_freq: np.ndarray
+    scale: float = 1.0
+
+
+@dataclass
+class KVGroupBatch:
+    """Where a batch's keys and values live, for the layers of one KV group. Page 0 is the trash page: padding writes there."""
+
+    slots: Array  # int64 [rows]: page * page_size + offset, where each row's key and value are written
+    page_table: Array  # int32 [chunks, pages]: each chunk's pages from position 0 on; 0 where freed or unused
+
+
+@dataclass
+class Batch:
+    """A step's chunks as arrays. Row r of chunk c has position `positions[r]` and attends to positions 0..positions[r] of its sequence."""
+
+    tokens: Array  # int32 [rows]
+    positions: Array  # int32 [rows]
+    chunk_rows: Array  # int32 [chunks + 1]: first row of each chunk, then rows
+    logit_rows: Array  # int32 [n]: the rows that the head computes, ascending
+    groups: tuple[KVGroupBatch, ...]  # one per KV group of this range of layers
+    hidden: Array | None = None  # float32 [rows, dim]: input of a range that does not start at layer 0
+
+
+class Ops(Protocol):
+    """An op set. `name` is what `headrace info` prints."""
+
+    name: str
+
+    def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> Matrix:
+        """Take a file's tensor [out, in] into this op set's own layout, its rows reordered by `row_order` if given."""
+        ...
+
+    def vector(self, tensor: Any) -> Array:
+        """Take a file's 1-d tensor as float32."""
+        ...
+
+    def kv_cache(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str) -> list[Any]:
+        """Allocate one KV group's pool: one cache per layer, `pages` pages of `page_size` tokens each (page 0 included)."""
+        ...
+
+    def copy_page(self, caches: list[Any], source: int, target: int) -> None:
+        """Copy a page in every layer of a pool."""
+        ...
+
+    def embed(self, table: Matrix, tokens: Array) -> Array:
+        """Rows of `table` as float32 [rows, dim]."""
+        ...
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang & Sennrich 2019)."""
+        ...
+
+    def linear(self, x: Array, weight: Matrix, bias: Array | None = None) -> Array:
+        """x [rows, in] @ weight.T + bias -> [rows, out]."""
+        ...
+
+    def rope(self, x: Array, positions: Array, table: RopeTable, heads: int) -> Array:
+        """Rotate each head of x [rows, heads * head_dim] by its row's position (Su et al. 2021)."""
+        ...
+
+    def kv_write(self, cache: Any, k: Array, v: Array, group: KVGroupBatch) -> None:
+        """Store k and v [rows, kv_heads * head_dim] at the group's slots, in the cache's dtype."""
+        ...
+
+    def attention(
+        self, q: Array, cache: Any, batch: Batch, group: KVGroupBatch, *, heads: int, scale: float, window: int | None, softcap: float | None
+    ) -> Array:
+        """Causal grouped-query attention of q [rows, heads * head_dim] over its sequences' pages -> the same shape.
+
+        Row at position p sees keys at positions max(0, p - window + 1)..p, as they are stored. Scores are softcap * tanh(s / softcap)
+        where a softcap is given. Keys are taken in blocks that start at fixed absolute positions, so the order of sums
+        does not depend on chunks or pages.
+        """
+        ...
+
+    def silu_mul(self, gate: Array, up: Array) -> Array:
+        """silu(gate) * up (Shazeer 2020)."""
+        ...
+
+    def add(self, x: Array, y: Array) -> Array:
+        """x + y."""
+        ...
+
+    def take_rows(self, x: Array, rows: Array) -> Array:
+        """x[rows]."""
+        ...
