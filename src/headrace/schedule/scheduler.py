@@ -1,0 +1,473 @@
+"""The scheduler: which tokens of which sequences the next step computes.
+
+There are no phases. A sequence has `computed <= scheduled <= length` tokens and catches up; prefill, chunked prefill, decode and
+recomputation after a preemption are the same thing. `length` counts tokens that are known and those that steps in flight
+will sample, so step n+1 can be planned before step n has answered.
+
+    add ──▶ waiting ──admit──▶ running ──apply──▶ finished        residence: what a running sequence has on the workers,
+               ▲                  │                               a handle and pages. It is closed when the sequence stops
+               └──preempt, revoke─┘                               running; its pages come free when no step in flight names it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from operator import itemgetter
+
+from ..config import SchedulerConfig
+from ..errors import CapacityError, RequestError
+from ..types import LATE, Chunk, Event, FinishReason, Opened, Request, Step, StepResult, Timings, Transfer
+from .pages import Path, PrefixKeys, Tables
+
+LOOK_AHEAD = 32  # waiting sequences that the longest-prefix policy compares, and times that one may be passed over
+
+
+class Residence:
+    """What a running sequence has on the workers. Never reused: a preempted sequence comes back with a new one."""
+
+    __slots__ = ("closed", "handle", "in_flight", "path", "sequence", "tables")
+
+    def __init__(self, handle: int, sequence: Sequence, path: Path, tables: Tables) -> None:
+        self.handle, self.sequence, self.path, self.tables = handle, sequence, path, tables
+        self.in_flight = 0  # steps in flight that name it
+        self.closed = False
+
+
+class Sequence:
+    """One request's tokens, and how far they are computed. Owned by the scheduler alone."""
+
+    __slots__ = (
+        "admitted", "arrival_order", "cached_tokens", "computed", "first_token", "finished", "keys", "last_sampler", "last_token",
+        "max_length", "passed_over", "pending", "preemptions", "prompt_length", "published", "request", "residence", "scheduled",
+        "scored", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, order: int, max_length: int, page_size: int) -> None:
+        self.request, self.arrival_order, self.max_length = request, order, max_length
+        self.tokens = list(request.prompt_ids)
+        self.prompt_length = len(self.tokens)
+        self.keys = PrefixKeys(page_size, f"{request.adapter}:{request.salt}")
+        self.residence: Residence | None = None
+        self.computed = self.scheduled = self.published = 0  # tokens, tokens, pages
+        self.pending = 0  # tokens that steps in flight will sample
+        self.last_sampler = -1  # the last step planned to sample for it
+        self.scored = 0  # prompt positions whose logits have been delivered
+        self.finished = False
+        self.passed_over = self.preemptions = self.cached_tokens = 0
+        self.admitted = self.first_token = self.last_token = 0.0
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Order of service: priority, then arrival. A sequence is only ever preempted for one of lower rank."""
+        return (-self.request.priority, self.request.arrival, self.arrival_order)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.pending
+
+    @property
+    def todo(self) -> int:
+        """Tokens that could be computed now. The last token of a sequence at its maximum length need not be."""
+        length = len(self.tokens) + self.pending
+        return (length if length < self.max_length else 0) - self.scheduled if self.generates else length - self.scheduled
+
+    @property
+    def generates(self) -> bool:
+        return self.request.kind == "generate"
+
+    @property
+    def scores(self) -> bool:
+        """Whether the logits of prompt positions are asked for."""
+        return self.request.kind == "score" or self.request.params.prompt_logprobs is not None
+
+    def timings(self) -> Timings:
+        return Timings(
+            queue=max(0.0, self.admitted - self.request.arrival) if self.admitted else 0.0,
+            prefill=max(0.0, self.first_token - self.admitted),
+            decode=max(0.0, self.last_token - self.first_token),
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+        )
+
+
+class _Draft:
+    """A step while it is planned."""
+
+    __slots__ = ("chunks", "logit_rows", "opened", "rows", "transfers")
+
+    def __init__(self, rows: int, logit_rows: int) -> None:
+        self.rows, self.logit_rows = rows, logit_rows  # budgets left
+        self.chunks: dict[int, Chunk] = {}
+        self.opened: list[Opened] = []
+        self.transfers: list[Transfer] = []
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, path: Path) -> None:
+        self.config, self.path = config, path
+        self.max_context = min(config.max_context, path.capacity + 1)  # the last token's key and value are never needed
+        self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []  # by rank
+        self._running: list[tuple[tuple[int, float, int], Sequence]] = []  # by rank
+        self._sequences: dict[tuple[str, int], Sequence] = {}
+        self._residences: dict[int, Residence] = {}
+        self._in_flight: dict[int, Step] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._draining = 0  # closed residences whose pages wait for steps in flight
+        self._dropped: list[int] = []  # handles that the workers may forget
+        self._next_step = self._next_handle = self._next_order = 0
+
+    # -- what the engine calls ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a sequence. RequestError where it is malformed, CapacityError where it can never fit."""
+        key = (request.id, request.sample_index)
+        if key in self._sequences:
+            raise RequestError(f"request {request.id!r} sample {request.sample_index} is already running; ids must be unique")
+        if not request.prompt_ids:
+            raise RequestError("the prompt has no tokens; give at least one")
+        limit = self.max_context - (1 if request.kind == "generate" else 0)
+        if len(request.prompt_ids) > limit:
+            raise CapacityError(
+                f"the prompt has {len(request.prompt_ids)} tokens; at most {limit} fit a context of {self.max_context} (raise max_context or kv_memory)"
+            )
+        wanted = request.params.max_tokens if request.kind == "generate" else 0
+        max_length = min(len(request.prompt_ids) + wanted, self.max_context)
+        sequence = Sequence(request, self._next_order, max_length, self.path.page_size)
+        self._next_order += 1
+        self._sequences[key] = sequence
+        insort(self._waiting, (sequence.rank, sequence))
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, sequence.arrival_order, sequence))
+
+    def plan(self, now: float) -> Step | None:
+        """The next step, or None where nothing can run before a step in flight is applied."""
+        draft = _Draft(self.config.max_batch_tokens, self.config.max_logit_rows)
+        preempted = self._plan_running(draft)
+        if not preempted:
+            self._plan_waiting(draft, now)
+        if not draft.chunks:
+            return None
+        step = Step(self._next_step, tuple(draft.chunks.values()), tuple(draft.opened), tuple(draft.transfers), tuple(self._dropped))
+        self._dropped.clear()
+        self._next_step += 1
+        self._in_flight[step.number] = step
+        for handle in draft.chunks:
+            self._residences[handle].in_flight += 1
+        return step
+
+    def apply(self, result: StepResult, now: float) -> list[Event]:
+        """Take in what a step computed. What it computed for sequences that have stopped since is discarded."""
+        step = self._in_flight.pop(result.number)
+        events = []
+        for index, chunk in enumerate(step.chunks):
+            residence = self._residences[chunk.seq]
+            residence.in_flight -= 1
+            if residence.closed:
+                self._drain(residence)
+            elif event := self._advance(residence, chunk, result, index, now):
+                events.append(event)
+        return events
+
+    def revoke(self, number: int) -> None:
+        """A step will never be answered: its sequences start again from what is published, and later steps' answers for them are ignored."""
+        for chunk in self._in_flight.pop(number).chunks:
+            residence = self._residences[chunk.seq]
+            residence.in_flight -= 1
+            if residence.closed:
+                self._drain(residence)
+            else:
+                self._requeue(residence.sequence)
+
+    def revoke_pools(self) -> None:
+        """The pools' memory is lost: every step in flight is revoked, every running sequence starts again, nothing stays published."""
+        for number in list(self._in_flight):
+            self.revoke(number)
+        for _, sequence in list(self._running):
+            self._requeue(sequence)
+        self.path.forget()
+
+    def finish(self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled") -> list[Event]:
+        """End sequences of a request at once (all samples where no index is given); nothing more is scheduled for them."""
+        if sample_index is not None:
+            found = [self._sequences.get((request_id, sample_index))]
+        else:
+            found = [sequence for (rid, _), sequence in self._sequences.items() if rid == request_id]
+        return [self._finish(sequence, reason) for sequence in found if sequence]
+
+    def expire(self, now: float) -> list[Event]:
+        """End the sequences whose deadline has passed."""
+        events = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if not sequence.finished:
+                events.append(self._finish(sequence, "deadline"))
+        return events
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def check(self) -> None:
+        """Prove the invariants, pages included. Raises AssertionError."""
+        tables = [residence.tables for residence in self._residences.values()]
+        for index, pool in enumerate(self.path.pools):
+            pool.check(table[index] for table in tables)
+        live = {residence.handle for residence in self._residences.values() if not residence.closed}
+        assert live == {s.residence.handle for _, s in self._running if s.residence}
+        assert len(self._waiting) + len(self._running) == len(self._sequences)
+        assert self._draining == sum(residence.closed for residence in self._residences.values())
+        for _, sequence in self._running:
+            assert 0 <= sequence.computed <= sequence.scheduled <= sequence.length <= sequence.max_length
+
+    # -- planning -------------------------------------------------------------------------------------------------------
+
+    def _plan_running(self, draft: _Draft) -> bool:
+        """Decodes first, then whoever has more to catch up with, each in order of rank. True if a sequence was preempted."""
+        running = list(self._running)
+        catching_up = []
+        for _, sequence in running:
+            todo = sequence.todo
+            if todo == 1:
+                self._extend(draft, sequence, 1)
+            elif todo > 1:
+                catching_up.append(sequence)
+        for sequence in catching_up:
+            self._extend(draft, sequence, sequence.todo)
+        return len(self._running) < len(running)
+
+    def _extend(self, draft: _Draft, sequence: Sequence, todo: int) -> None:
+        """Put the sequence's next tokens in the draft, preempting sequences of lower rank where pages run out."""
+        residence = sequence.residence
+        if residence is None:
+            return  # preempted a moment ago
+        count = self._count(draft, sequence, todo)
+        if count <= 0:
+            return
+        while (new_pages := residence.path.grow(residence.tables, sequence.scheduled + count)) is None:
+            victim = self._victim(draft, sequence)
+            if victim is None:
+                return
+            self._requeue(victim)
+        self._put(draft, residence, count, new_pages)
+
+    def _count(self, draft: _Draft, sequence: Sequence, todo: int) -> int:
+        """How many tokens the budgets allow."""
+        count = min(todo, draft.rows)
+        if draft.logit_rows < 1:
+            return 0
+        if sequence.scores and sequence.scheduled < sequence.prompt_length:
+            # Rows already delivered before a preemption need no logits again.
+            count = min(count, max(0, sequence.scored - sequence.scheduled) + draft.logit_rows)
+        return count
+
+    def _put(self, draft: _Draft, residence: Residence, count: int, new_pages: tuple[tuple[int, ...], ...]) -> None:
+        sequence = residence.sequence
+        start, end = sequence.scheduled, sequence.scheduled + count
+        known = len(sequence.tokens)
+        late = end > known
+        tokens = tuple(sequence.tokens[start:end]) if not late else (*sequence.tokens[start:known], LATE)
+        samples = sequence.generates and end == sequence.length
+        logit_rows = int(samples)
+        if sequence.scores and (unscored := max(start, sequence.scored)) < sequence.prompt_length:
+            logit_rows = end - unscored
+        draft.chunks[residence.handle] = Chunk(
+            residence.handle, start, tokens, new_pages, logit_rows, samples, sequence.last_sampler if late else -1
+        )
+        draft.rows -= count
+        draft.logit_rows -= logit_rows
+        sequence.scheduled = end
+        if samples:
+            sequence.pending += 1
+            sequence.last_sampler = self._next_step
+
+    def _victim(self, draft: _Draft, sequence: Sequence) -> Sequence | None:
+        """The running sequence of lowest rank below `sequence`, unless pages are about to come free anyway."""
+        if self._draining:
+            return None
+        for rank, candidate in reversed(self._running):
+            if rank <= sequence.rank:
+                return None
+            assert candidate.residence is not None
+            if candidate.residence.handle not in draft.chunks:
+                return candidate
+        return None
+
+    def _plan_waiting(self, draft: _Draft, now: float) -> None:
+        if self.config.policy == "static" and self._running:
+            return
+        skipped = 0  # siblings that wait for the first sample's prompt
+        while skipped < len(self._waiting) and len(self._running) < self.config.max_sequences and draft.rows > 0:
+            index = self._choose(skipped)
+            sequence = self._waiting[index][1]
+            parent = self._sibling(sequence)
+            if parent and parent.computed < sequence.prompt_length:
+                skipped += 1
+                continue
+            if not self._admit(draft, sequence, parent, now):
+                return
+            del self._waiting[index]
+
+    def _choose(self, first: int) -> int:
+        """Index of the waiting sequence to admit next."""
+        if self.config.policy != "longest-prefix" or self._waiting[first][1].passed_over >= LOOK_AHEAD:
+            return first
+        priority = self._waiting[first][0][0]
+        candidates = [i for i in range(first, min(first + LOOK_AHEAD, len(self._waiting))) if self._waiting[i][0][0] == priority]
+        best = max(candidates, key=lambda i: (self._cached_pages(self._waiting[i][1]), -i))
+        if best != first:
+            self._waiting[first][1].passed_over += 1
+        return best
+
+    def _cached_pages(self, sequence: Sequence) -> int:
+        keys = self._prefix_keys(sequence)
+        return self.path.matched([pool.match(keys) for pool in self.path.pools], len(keys))
+
+    def _prefix_keys(self, sequence: Sequence) -> list[bytes]:
+        """Keys of the pages that may be taken from the cache: never all tokens, for the last one's logits are needed."""
+        if not self.config.prefix_cache or (sequence.scores and sequence.scored < sequence.prompt_length):
+            return []
+        pages = (len(sequence.tokens) - 1) // self.path.page_size
+        return sequence.keys.extend(sequence.tokens, pages)
+
+    def _sibling(self, sequence: Sequence) -> Sequence | None:
+        """The running first sample of the same request, whose prompt this one may share."""
+        if not sequence.request.sample_index or sequence.preemptions or sequence.scores or self.config.policy == "static":
+            return None
+        first = self._sequences.get((sequence.request.id, 0))
+        return first if first and first.residence and first.request.prompt_ids == sequence.request.prompt_ids else None
+
+    def _admit(self, draft: _Draft, sequence: Sequence, parent: Sequence | None, now: float) -> bool:
+        """Give a waiting sequence a residence and its first chunk. False, and nothing has changed, where it does not fit now."""
+        path = self.path
+        forked = path.fork(parent.residence.tables, sequence.prompt_length - 1) if parent and parent.residence else None
+        if forked:
+            tables, transfers = forked
+            cached = sequence.prompt_length - 1
+        else:
+            tables, matched = path.open(self._prefix_keys(sequence))
+            cached, transfers = matched * path.page_size, ()
+        adopted = tuple(tuple(table.pages) for table in tables)
+        sequence.scheduled = cached
+        count = self._count(draft, sequence, len(sequence.tokens) - cached)
+        # Admitted only where all its tokens fit now, though pages are taken chunk by chunk: fewer preemptions.
+        if count <= 0 or not path.fits(tables, len(sequence.tokens)):
+            path.release(tables)
+            sequence.scheduled = 0
+            return False
+        grown = path.grow(tables, cached + count)
+        assert grown is not None
+        residence = Residence(self._next_handle, sequence, path, tables)
+        self._next_handle += 1
+        self._residences[residence.handle] = residence
+        sequence.residence = residence
+        sequence.computed, sequence.published = cached, 0 if forked else cached // path.page_size
+        if not sequence.admitted:
+            sequence.admitted, sequence.cached_tokens = now, cached
+        insort(self._running, (sequence.rank, sequence))
+        draft.opened.append(Opened(residence.handle, sequence.request, tuple(sequence.tokens)))
+        draft.transfers.extend(transfers)
+        self._put(draft, residence, count, tuple(a + g for a, g in zip(adopted, grown, strict=True)))
+        return True
+
+    # -- applying -------------------------------------------------------------------------------------------------------
+
+    def _advance(self, residence: Residence, chunk: Chunk, result: StepResult, index: int, now: float) -> Event | None:
+        sequence = residence.sequence
+        extras = result.extras.get(index) if result.extras else None
+        if extras is not None and extras.error is not None:
+            return self._finish(sequence, "error", extras.error)
+        sequence.computed = end = chunk.start + len(chunk.tokens)
+        if sequence.scores and chunk.start < sequence.prompt_length:
+            sequence.scored = max(sequence.scored, min(end, sequence.prompt_length))
+        tokens: tuple[int, ...] = ()
+        reason: FinishReason | None = None
+        if chunk.samples:
+            token = result.tokens[index]
+            tokens = (token,)
+            sequence.tokens.append(token)
+            sequence.pending -= 1
+            sequence.last_token = now
+            sequence.first_token = sequence.first_token or now
+            if token in sequence.request.stop_ids:
+                reason = "stop"
+            elif len(sequence.tokens) >= sequence.max_length:
+                reason = "length"
+        elif not sequence.generates and end == sequence.prompt_length:
+            sequence.first_token = sequence.last_token = now
+            reason = "stop"
+        self._publish(residence)
+        if reason:
+            self._close(sequence)
+        if not tokens and extras is None and reason is None:
+            return None
+        return Event(
+            sequence.request.id,
+            sequence.request.sample_index,
+            tokens,
+            (extras.logprob,) if extras and extras.logprob else (),
+            extras.prompt_logprobs if extras else (),
+            extras.logits if extras else None,
+            reason,
+            None,
+            sequence.timings() if reason else None,
+        )
+
+    def _publish(self, residence: Residence) -> None:
+        """Publish the pages that have become full, and give back those that have left the window."""
+        sequence = residence.sequence
+        full = sequence.computed // residence.path.page_size
+        if self.config.prefix_cache and full > sequence.published:
+            keys = sequence.keys.extend(sequence.tokens, full)
+            for index in range(sequence.published, full):
+                residence.path.publish(residence.tables, index, keys[index])
+            sequence.published = full
+        residence.path.slide(residence.tables, sequence.computed)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Event:
+        if sequence.residence is None:
+            del self._waiting[bisect_left(self._waiting, sequence.rank, key=itemgetter(0))]
+        self._close(sequence)
+        return Event(
+            sequence.request.id, sequence.request.sample_index, finish_reason=reason, error=error, timings=sequence.timings()
+        )
+
+    def _close(self, sequence: Sequence) -> None:
+        """Forget a finished sequence."""
+        sequence.finished = True
+        del self._sequences[sequence.request.id, sequence.request.sample_index]
+        if sequence.residence is not None:
+            self._leave(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        """Back to the queue, in its old place: what it computed is recomputed, or found in the prefix cache."""
+        self._leave(sequence)
+        sequence.preemptions += 1
+        sequence.computed = sequence.scheduled = sequence.pending = sequence.published = 0
+        sequence.last_sampler = -1
+        insort(self._waiting, (sequence.rank, sequence))
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Close the sequence's residence; its pages come free now, or with the last step in flight that names them."""
+        residence = sequence.residence
+        assert residence is not None
+        sequence.residence = None
+        del self._running[bisect_left(self._running, sequence.rank, key=itemgetter(0))]
+        self._dropped.append(residence.handle)
+        residence.closed = True
+        self._draining += 1
+        self._drain(residence)
+
+    def _drain(self, residence: Residence) -> None:
+        if residence.in_flight == 0:
+            residence.path.release(residence.tables)
+            del self._residences[residence.handle]
+            self._draining -= 1
