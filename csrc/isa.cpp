@@ -1,53 +1,44 @@
 #include "isa.h"
 
-#include <cstdlib>
-#include <stdexcept>
-
 namespace headrace {
-namespace {
 
-std::vector<Isa> find_supported() {
-    std::vector<Isa> found;
+bool isa_runs(Isa isa) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-        found.push_back(Isa::avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) found.push_back(Isa::avx2);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("avx512bf16");
+#else
+    const bool avx2 = false, avx512 = false;
 #endif
-    found.push_back(Isa::portable);
-    return found;
-}
-
-Isa select() {
-    const char* wanted = std::getenv("HEADRACE_ISA");
-    if (wanted == nullptr || *wanted == 0) return supported_isas().front();
-    std::string known;
-    for (Isa isa : supported_isas()) {
-        if (std::string(wanted) == isa_name(isa)) return isa;
-        known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
+    switch (isa) {
+        case Isa::portable: return true;
+        case Isa::avx2: return avx2;
+        case Isa::avx512: return avx512;
     }
-    throw std::runtime_error("HEADRACE_ISA is '" + std::string(wanted) + "'; this machine can run " + known);
+    return false;
 }
 
-}  // namespace
+Isa best_isa() {
+    if (isa_runs(Isa::avx512)) return Isa::avx512;
+    return isa_runs(Isa::avx2) ? Isa::avx2 : Isa::portable;
+}
 
 const char* isa_name(Isa isa) {
     switch (isa) {
-        case Isa::avx512: return "avx512";
+        case Isa::portable: return "portable";
         case Isa::avx2: return "avx2";
-        default: return "portable";
+        case Isa::avx512: return "avx512";
     }
+    return "";
 }
 
-const std::vector<Isa>& supported_isas() {
-    static const std::vector<Isa> supported = find_supported();
-    return supported;
-}
-
-Isa selected_isa() {
-    static const Isa selected = select();
-    return selected;
+std::optional<Isa> isa_from_name(std::string_view name) {
+    for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+        if (name == isa_name(isa)) return isa;
+    return std::nullopt;
 }
 
 }  // namespace headrace

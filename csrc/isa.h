@@ -1,19 +1,24 @@
-// Which instruction set the kernels use: chosen once, when the module is loaded.
+// Which instruction sets the kernels are built for, and which of them this processor runs.
 #pragma once
 
-#include <string>
-#include <vector>
+#include <optional>
+#include <string_view>
 
 namespace headrace {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa {
+    portable,  // C++ alone
+    avx2,      // AVX2, FMA, F16C
+    avx512,    // AVX-512 F, BW, DQ, VL, VBMI, VNNI, and BF16
+};
+
+// True where the processor (and the operating system) runs this set.
+bool isa_runs(Isa isa);
+
+// The widest set that runs here.
+Isa best_isa();
 
 const char* isa_name(Isa isa);
-
-// What this machine can run and this build holds, fastest first. "avx512" needs F, BW, VL, DQ, VNNI and BF16; "avx2" needs AVX2, FMA and F16C.
-const std::vector<Isa>& supported_isas();
-
-// HEADRACE_ISA if it is set, else the fastest. Throws std::runtime_error where the machine lacks what HEADRACE_ISA names.
-Isa selected_isa();
+std::optional<Isa> isa_from_name(std::string_view name);
 
 }  // namespace headrace

@@ -1,0 +1,126 @@
+// Matrix products y = x W^T: packed weights, activations prepared once per product input, and one family of kernels.
+//
+// Use:  pack() the file's rows into a PackedMatrix (any thread, disjoint ranges of tiles); quantise_row() each row of x into an
+// Activation (the caller may do it inside its norm); multiply() any ranges of rows and tiles, from any thread.
+//
+// A tile is 16 outputs. Every y[row][n] is summed in one order, whatever the ranges, the number of rows and the thread:
+//
+//   Recipe::group  (all quantised weights) integer, per group of 32 inputs. Activation: e = the least power of two with
+//                  |round(x / e)| <= 127 in the group, codes = round-half-even(x / e). For groups ascending:
+//                      acc = fma(m, e * float(sum of codes), acc)            where the format has a minimum m
+//                      acc = fma(d * e, float(sum of (q - offset) * code), acc)
+//                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half. The integer sums are exact, d * e is exact:
+//                  the result has the same bits on every instruction set.
+//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| / 127. Weights: w8 = the file's value
+//                  in steps of D = max|w| / 127 of its row, rounded once. y = float(sum of w8 * code) * (D * s). Also the same bits everywhere.
+//   Recipe::bf16   (BF16 weights) x rounded to bfloat16; pairs of products are summed as the instruction does it. Bits differ between
+//                  instruction sets, not between calls.
+//   Recipe::f32    (F32, F16 weights) acc = fma(x, w, acc), inputs ascending. The same bits everywhere.
+//
+// Then y = acc (+ bias) (+ what y held), each rounded once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace headrace {
+
+enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL };
+
+enum class Recipe : uint8_t { group, row, bf16, f32 };
+
+constexpr int64_t tile_rows = 16;
+
+// ---- weights
+
+// Inputs a block of the file holds: cols must be a multiple of it (1 for F32, F16, BF16).
+int64_t block_cols(Format format);
+
+// Bytes of one row of `cols` weights in the file.
+size_t source_row_bytes(Format format, int64_t cols);
+
+// The recipe that goes with a format; `per_row` asks for the opt-in one (no effect on F32, F16, BF16).
+Recipe recipe_of(Format format, bool per_row = false);
+
+struct PackedMatrix {
+    Format format;
+    int64_t rows;       // outputs
+    int64_t cols;       // inputs
+    uint8_t* data;      // 64-byte aligned, tiles() * tile_bytes; owned by the caller
+    size_t tile_bytes;  // a multiple of 64
+
+    int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
+    size_t bytes() const { return size_t(tiles()) * tile_bytes; }
+
+    // Outputs [first, first + count) as a matrix of their own, in the same memory: several tensors of one format that share an input
+    // are packed into one matrix so. `first` must be a multiple of 16, and so must `count` unless it ends the matrix.
+    PackedMatrix part(int64_t first, int64_t count) const {
+        return {format, count, cols, data + size_t(first / tile_rows) * tile_bytes, tile_bytes};
+    }
+};
+
+size_t packed_bytes(Format format, int64_t rows, int64_t cols);
+PackedMatrix packed_matrix(Format format, int64_t rows, int64_t cols, void* data);
+
+// Packs tiles [tile0, tile1) from the file's bytes (row-major blocks, no alignment needed). Output n of the matrix is row
+// row_order[n] of the file, or row n where row_order is null. The caller has checked sizes and indices.
+void pack(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile0, int64_t tile1);
+
+// One row of the matrix as float32 [cols], the file's own values.
+void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
+
+// ---- activations
+
+// What one group of 32 inputs of a row is, besides its codes (Recipe::group).
+struct GroupMeta {
+    int32_t exponent;    // e = 2^(exponent >> 23); kept shifted, to be added to a float's bits
+    float sum;           // e * sum of codes
+    int32_t minus8;      // -8 * sum of codes
+    int32_t minus8_low;  // -8 * sum of the first 16 codes
+};
+
+// Rows of x ready for products, in memory of the caller's (activation_bytes, 64-byte aligned).
+//   group: int8 codes [rows][cols], GroupMeta [rows][cols / 32]
+//   row:   int8 codes [rows][cols], GroupMeta [rows] (sum holds the scale, minus8 as above)
+//   bf16:  uint16 [rows][cols, padded to 32]      f32: float [rows][cols, padded to 16]; padding is 0
+struct Activation {
+    Recipe recipe;
+    int64_t rows, cols;
+    uint8_t* data;
+    int64_t row_bytes;   // of codes or values
+    GroupMeta* meta;
+    int64_t row_metas;
+
+    const uint8_t* values(int64_t row) const { return data + row * row_bytes; }
+    const GroupMeta* metas(int64_t row) const { return meta + row * row_metas; }
+};
+
+size_t activation_bytes(Recipe recipe, int64_t rows, int64_t cols);
+Activation activation(Recipe recipe, int64_t rows, int64_t cols, void* data);
+
+// ---- products
+
+struct Product {
+    const PackedMatrix* weight;
+    const Activation* x;
+    float* y;                     // [rows][ldy]; only columns [0, weight->rows) are written
+    int64_t ldy;
+    const float* bias = nullptr;  // [weight->rows]
+    bool accumulate = false;      // add to what y holds
+};
+
+struct Kernels {
+    Isa isa;
+    // Row `row` of the activation from x float32 [cols].
+    void (*quantise_row)(const Activation& activation, int64_t row, const float* x);
+    // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; about 64 KiB of stack is used. Best cut: few rows,
+    // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
+    void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
+};
+
+// The kernels of an instruction set that runs here (isa_runs).
+const Kernels& kernels(Isa isa);
+
+}  // namespace headrace
