@@ -13,6 +13,14 @@ class RequestError(HeadraceError):
     """A request is malformed or asks for what is not supported; other requests are not affected."""
 
 
+class SamplingError(RequestError):
+    """No token can be chosen for a request: its logits are not finite, or every token is banned."""
+
+
+class ResultsError(HeadraceError):
+    """A results file, or a run in it, lacks a field or holds a number that is not finite."""
+
+
 class CapacityError(HeadraceError):
     """A request or a model cannot fit in the memory it was given, now or ever."""
 
