@@ -1,0 +1,256 @@
+"""GGUF files (versions 2 and 3, little-endian) as metadata and named tensors.
+
+    "GGUF" version tensor_count metadata_count | metadata: key type value ... | tensors: name dims type offset ... | pad | data
+
+The file is hostile until shown otherwise: a count, length, dimension or offset is compared with what the file can hold before
+anything is built from it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ModelFileError, UnsupportedModelError
+from .tensor import TENSOR_TYPES, Tensor, TensorType, make_tensor, map_file
+
+MAX_METADATA_BYTES = 128 << 20  # as Python objects they take up to 8 times as much
+MAX_NAME_BYTES = 65535
+MAX_DIMS = 4
+MIN_METADATA_ENTRY = 8 + 1 + 4 + 1  # key length, one letter, type, the smallest value
+MIN_TENSOR_ENTRY = 8 + 1 + 4 + 8 + 4 + 8  # name length, one letter, number of dims, one dim, type, offset
+DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 16
+
+_NUMBERS = {
+    0: np.dtype("u1"),
+    1: np.dtype("i1"),
+    2: np.dtype("<u2"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<u4"),
+    5: np.dtype("<i4"),
+    6: np.dtype("<f4"),
+    10: np.dtype("<u8"),
+    11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+
+_TENSOR_TYPE_IDS = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    20: "IQ4_NL",
+    30: "BF16",
+}
+
+_U32 = struct.Struct("<I").unpack_from
+_U64 = struct.Struct("<Q").unpack_from
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFFile:
+    """An open GGUF file. `metadata` holds plain Python values (arrays as lists); `tensors` is in the file's order."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Read the header of a GGUF file and map its tensors.
+
+    Raises ModelNotFoundError where there is no such file, ModelFileError where it is malformed, UnsupportedModelError
+    for a tensor type that Headrace does not know and for one part of a split model.
+    """
+    path = Path(path)
+    file = map_file(path)
+    header = _Header(path, file)
+    tensor_count, metadata_count = header.counts()
+    metadata = header.metadata(metadata_count)
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
+        raise UnsupportedModelError(f"{path}: is one of {parts} parts of a split model; merge them into one GGUF file first")
+    return GGUFFile(path, metadata, header.tensors(tensor_count, _alignment(path, metadata)))
+
+
+def _alignment(path: Path, metadata: dict[str, Any]) -> int:
+    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(value) is not int or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
+        raise ModelFileError(path, "general.alignment", f"must be a power of two from 8 to {MAX_ALIGNMENT}, got {value!r:.80}")
+    return value
+
+
+class _Header:
+    """A cursor over the bytes before the tensors' data. Every read names the field that it reads."""
+
+    def __init__(self, path: Path, file: np.ndarray) -> None:
+        self.path, self.file = path, file
+        self.bytes = memoryview(file)
+        self.limit = min(len(file), MAX_METADATA_BYTES)
+        self.position = 0
+
+    def error(self, field: str, problem: str) -> ModelFileError:
+        return ModelFileError(self.path, field, problem)
+
+    def take(self, nbytes: int, field: str) -> int:
+        """Position of the next `nbytes` bytes, which are there; the cursor moves past them."""
+        start = self.position
+        if nbytes > self.limit - start:
+            of = "the file" if self.limit == len(self.file) else "what a header may take"
+            raise self.error(field, f"needs {nbytes} bytes at {start}, and {of} ends at {self.limit}")
+        self.position = start + nbytes
+        return start
+
+    def u32(self, field: str) -> int:
+        return _U32(self.bytes, self.take(4, field))[0]
+
+    def u64(self, field: str) -> int:
+        return _U64(self.bytes, self.take(8, field))[0]
+
+    def count(self, smallest: int, field: str) -> int:
+        """A number of entries of at least `smallest` bytes each, which the rest of the header can hold."""
+        count, left = self.u64(field), self.limit - self.position
+        if count * smallest > left:
+            raise self.error(field, f"{count} entries take {count * smallest} bytes or more, and {left} are left")
+        return count
+
+    def string(self, field: str) -> str:
+        length = self.u64(f"{field}: length")
+        return self.text(self.take(length, field), self.position, field)
+
+    def text(self, start: int, end: int, field: str) -> str:
+        try:
+            return str(self.bytes[start:end], "utf-8")
+        except UnicodeDecodeError as error:
+            raise self.error(field, f"is not UTF-8 (byte {start + error.start} of the file)") from None
+
+    def name(self, field: str) -> str:
+        name = self.string(field)
+        if not 1 <= len(name) <= MAX_NAME_BYTES:
+            raise self.error(field, f"must have 1 to {MAX_NAME_BYTES} letters, got {len(name)}")
+        return name
+
+    def counts(self) -> tuple[int, int]:
+        """Check magic and version; the numbers of tensors and of metadata entries."""
+        if bytes(self.bytes[:4]) != b"GGUF":
+            raise self.error("magic", f"a GGUF file begins with b'GGUF', this one with {bytes(self.bytes[:4])!r}")
+        self.take(4, "magic")
+        version = self.u32("version")
+        if version in (2 << 24, 3 << 24):
+            raise self.error("version", f"{version >> 24} in big-endian order; only little-endian files can be read")
+        if version not in (2, 3):
+            raise self.error("version", f"{version} cannot be read, only 2 and 3; convert the model again")
+        tensor_count = self.count(MIN_TENSOR_ENTRY, "tensor count")
+        return tensor_count, self.count(MIN_METADATA_ENTRY, "metadata count")
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        for index in range(count):
+            key = self.name(f"key of metadata entry {index}")
+            if key in metadata:
+                raise self.error(key, f"is there twice, again as metadata entry {index}")
+            metadata[key] = self.value(self.u32(f"{key}: type"), key)
+        return metadata
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self.string(key)
+        if kind == _ARRAY:
+            return self.array(self.u32(f"{key}: element type"), key)
+        return self.numbers(kind, 1, key)[0]
+
+    def array(self, kind: int, key: str) -> list[Any]:
+        if kind == _ARRAY:
+            raise self.error(key, "is an array of arrays, which no known metadata is")
+        if kind == _STRING:
+            return self.strings(self.count(8, f"{key}: length"), key)
+        return self.numbers(kind, self.count(1, f"{key}: length"), key)
+
+    def numbers(self, kind: int, count: int, key: str) -> list[Any]:
+        dtype = np.dtype("u1") if kind == _BOOL else _NUMBERS.get(kind)
+        if dtype is None:
+            raise self.error(f"{key}: type", f"{kind} is none of the known value types 0 to 12")
+        start = self.take(count * dtype.itemsize, key)
+        values = self.file[start : self.position].view(dtype)
+        if kind == _BOOL:
+            if count and values.max() > 1:
+                raise self.error(key, f"a boolean is 0 or 1, got {values.max()}")
+            values = values.astype(bool)
+        return values.tolist()
+
+    def strings(self, count: int, key: str) -> list[str]:
+        # A vocabulary has 10^5 strings and more: no call of our own per string.
+        strings: list[str] = []
+        append, unpack, buffer, limit, start = strings.append, _U64, self.bytes, self.limit, self.position
+        try:
+            for _ in range(count):
+                (length,) = unpack(buffer, start)
+                end = start + 8 + length
+                if end > limit:
+                    raise self.error(f"{key}[{len(strings)}]", f"a string of {length} bytes at {start + 8} passes the header's end at {limit}")
+                append(str(buffer[start + 8 : end], "utf-8"))
+                start = end
+        except struct.error:
+            raise self.error(f"{key}[{len(strings)}]", f"needs 8 bytes at {start}, and the file ends at {len(self.file)}") from None
+        except UnicodeDecodeError as error:
+            raise self.error(f"{key}[{len(strings)}]", f"is not UTF-8 (byte {start + 8 + error.start} of the file)") from None
+        self.position = start
+        return strings
+
+    def tensors(self, count: int, alignment: int) -> dict[str, Tensor]:
+        """Read the tensors' entries, then map their bytes, which begin at the next multiple of `alignment`."""
+        entries: dict[str, tuple[tuple[int, ...], TensorType, int]] = {}
+        for index in range(count):
+            name = self.name(f"name of tensor {index}")
+            if name in entries:
+                raise self.error(f"tensor {name}", f"is there twice, again as tensor {index}")
+            entries[name] = self.tensor_entry(f"tensor {name}", alignment)
+        data = -(-self.position // alignment) * alignment
+        tensors = {name: make_tensor(self.path, self.file, name, shape, type, data + offset) for name, (shape, type, offset) in entries.items()}
+        self.check_overlap(tensors, {name: offset for name, (_, _, offset) in entries.items()})
+        return tensors
+
+    def tensor_entry(self, field: str, alignment: int) -> tuple[tuple[int, ...], TensorType, int]:
+        """Shape (row-major: the file's dims reversed), type, and offset from the start of the data."""
+        dims = self.u32(f"{field}: number of dims")
+        if not 1 <= dims <= MAX_DIMS:
+            raise self.error(f"{field}: number of dims", f"must be 1 to {MAX_DIMS}, got {dims}")
+        shape = tuple(self.u64(f"{field}: dim {index}") for index in range(dims))[::-1]
+        if 0 in shape:
+            raise self.error(f"{field}: shape", f"{shape} has an empty axis")
+        type = self.tensor_type(field)
+        offset = self.u64(f"{field}: offset")
+        if offset % alignment:
+            raise self.error(f"{field}: offset", f"{offset} is not a multiple of the alignment {alignment}")
+        return shape, type, offset
+
+    def tensor_type(self, field: str) -> TensorType:
+        number = self.u32(f"{field}: type")
+        if name := _TENSOR_TYPE_IDS.get(number):
+            return TENSOR_TYPES[name]
+        from gguf.constants import GGMLQuantizationType
+
+        known = {int(member): member.name for member in GGMLQuantizationType}
+        if number not in known:
+            raise self.error(f"{field}: type", f"{number} is no tensor type that GGUF knows (0 to {max(known)})")
+        supported = ", ".join(TENSOR_TYPES)
+        raise UnsupportedModelError(f"{self.path}: {field}: type {known[number]} is not supported; use one of {supported}")
+
+    def check_overlap(self, tensors: dict[str, Tensor], offsets: dict[str, int]) -> None:
+        order = sorted(tensors, key=offsets.__getitem__)
+        for name, following in zip(order, order[1:], strict=False):
+            if (end := offsets[name] + tensors[name].nbytes) > offsets[following]:
+                raise self.error(f"tensor {following}", f"begins at offset {offsets[following]}, inside tensor {name} that ends at {end}")

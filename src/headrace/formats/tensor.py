@@ -1,0 +1,155 @@
+"""A named tensor of a model file: its raw bytes, mapped and not copied, and the table of the types they can have.
+
+A type is a row of the table: so many elements in a block of so many bytes, and how a block becomes float32. The layouts of
+the quantised types are ggml's; the `gguf` package decodes them.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ModelFileError, ModelNotFoundError
+
+_BLOCKS_AT_ONCE = 1024  # so that the temporaries of a decoder stay in the first levels of cache
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """How elements are stored: blocks of `block` consecutive elements of a row, `block_bytes` bytes each.
+
+    `decode` takes blocks, uint8 [n, block_bytes], to float32 [n, block].
+    """
+
+    name: str
+    block: int
+    block_bytes: int
+    decode: Callable[[np.ndarray], np.ndarray]
+
+    def row_bytes(self, elements: int) -> int:
+        """Bytes of a row of `elements` elements, a multiple of `block`."""
+        return elements // self.block * self.block_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a model file. `shape` is row-major, [out, in] for a weight; `data` is uint8 [nbytes], as stored, read-only."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    data: np.ndarray
+    path: Path
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def decode(self, rows: slice | None = None) -> np.ndarray:
+        """The tensor, or only `rows` of its first axis (for 2 and more axes), as contiguous float32.
+
+        What is stored as float32 comes back as a read-only view of the file.
+        """
+        if rows is not None and len(self.shape) < 2:
+            raise ValueError(f"tensor {self.name} has shape {self.shape}: rows can be chosen from 2 axes on")
+        data, shape = self.data, self.shape
+        if rows is not None:
+            data = data.reshape(shape[0], -1)[rows]
+            shape = (len(data), *shape[1:])
+        blocks = data.reshape(-1, self.type.block_bytes)
+        if self.type is F32:
+            return np.require(blocks.view("<f4"), np.float32, ["C", "A"]).reshape(shape)
+        out = np.empty((len(blocks), self.type.block), np.float32)
+        step = max(1, _BLOCKS_AT_ONCE * 32 // self.type.block)
+        with np.errstate(over="ignore", invalid="ignore"):  # a file may hold infinities; they are the model's own
+            for first in range(0, len(blocks), step):
+                out[first : first + step] = self.type.decode(blocks[first : first + step])
+        return out.reshape(shape)
+
+
+def _decode_f32(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f4")
+
+
+def _decode_f16(blocks: np.ndarray) -> np.ndarray:
+    return blocks.view("<f2").astype(np.float32)
+
+
+def _decode_bf16(blocks: np.ndarray) -> np.ndarray:
+    return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def _decode_quantised(name: str, blocks: np.ndarray) -> np.ndarray:
+    import gguf.quants
+
+    return getattr(gguf.quants, name).dequantize_blocks(blocks)
+
+
+def _quantised(name: str, block: int, block_bytes: int) -> TensorType:
+    return TensorType(name, block, block_bytes, partial(_decode_quantised, name))
+
+
+F32 = TensorType("F32", 1, 4, _decode_f32)
+F16 = TensorType("F16", 1, 2, _decode_f16)
+BF16 = TensorType("BF16", 1, 2, _decode_bf16)
+
+# fmt: off
+TENSOR_TYPES: dict[str, TensorType] = {row.name: row for row in (
+    F32, F16, BF16,
+    _quantised("Q8_0", 32, 2 + 32),                   # scale; 32 int8
+    _quantised("Q4_0", 32, 2 + 16),                   # scale; 32 nibbles, -8
+    _quantised("Q4_1", 32, 2 + 2 + 16),               # scale, minimum; 32 nibbles
+    _quantised("Q5_0", 32, 2 + 4 + 16),               # scale; 32 fifth bits; 32 nibbles, -16
+    _quantised("Q5_1", 32, 2 + 2 + 4 + 16),           # scale, minimum; 32 fifth bits; 32 nibbles
+    _quantised("Q2_K", 256, 16 + 64 + 2 + 2),         # 16 scales and minima of 4 bits; 2 bits each; scales of both
+    _quantised("Q3_K", 256, 32 + 64 + 12 + 2),        # third bits; 2 bits each; 16 scales of 6 bits; their scale
+    _quantised("Q4_K", 256, 2 + 2 + 12 + 128),        # two scales; 8 scales and minima of 6 bits; nibbles
+    _quantised("Q5_K", 256, 2 + 2 + 12 + 32 + 128),   # as Q4_K, with fifth bits before the nibbles
+    _quantised("Q6_K", 256, 128 + 64 + 16 + 2),       # nibbles; upper 2 bits; 16 int8 scales; their scale
+    _quantised("IQ4_NL", 32, 2 + 16),                 # scale; 32 nibbles into a table of 16 values
+)}
+# fmt: on
+
+
+def map_file(path: Path) -> np.ndarray:
+    """A regular file's bytes as read-only uint8 [size], memory-mapped.
+
+    Raises ModelNotFoundError where there is no such file, ModelFileError where it is empty or cannot be mapped.
+    """
+    try:
+        # O_NONBLOCK: a named pipe must not make the open wait.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ModelFileError(path, "file", f"cannot be opened ({error})") from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelFileError(path, "file", "is not a regular file")
+        if status.st_size == 0:
+            raise ModelFileError(path, "file", "is empty (0 bytes)")
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise ModelFileError(path, "file", f"cannot be mapped ({error})") from None
+    finally:
+        os.close(descriptor)
+
+
+def make_tensor(path: Path, file: np.ndarray, name: str, shape: tuple[int, ...], type: TensorType, start: int) -> Tensor:
+    """The tensor whose bytes begin at `start` of a mapped file. Raises ModelFileError where it reaches past the end."""
+    elements = math.prod(shape)
+    if shape[-1:] and shape[-1] % type.block:
+        raise ModelFileError(path, f"tensor {name}", f"rows of {shape[-1]} elements are not whole blocks of {type.block} ({type.name})")
+    nbytes = type.row_bytes(elements)
+    if start + nbytes > len(file):
+        raise ModelFileError(path, f"tensor {name}", f"ends at byte {start + nbytes}, past the file's end at {len(file)}")
+    return Tensor(name, shape, type, file[start : start + nbytes], path)
