@@ -1,0 +1,234 @@
+"""A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece-style BPE with byte fallback (`llama`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import ModelFileError, UnsupportedModelError
+from .tokenizer import TokenizerParts, set_ends
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+MAX_VOCAB = 4_000_000
+MAX_PIECE_CHARS = 4096
+
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class PreTokenizer(NamedTuple):
+    """How text is cut before merging: each pattern in turn isolates its matches in the pieces left by the last."""
+
+    splits: tuple[str, ...]
+    whole_pieces: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
+    add_bos: bool = False  # where the file does not say
+
+
+# tokenizer.ggml.pre names the pattern; the file does not hold it. These are llama.cpp's.
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": PreTokenizer((_GPT2_SPLIT,)),
+    "llama-bpe": PreTokenizer((_LLAMA3_SPLIT,), whole_pieces=True, add_bos=True),
+    "smollm": PreTokenizer((r"\p{N}", _GPT2_SPLIT)),
+}
+
+
+def read_gguf(metadata: Mapping[str, Any], path: object) -> TokenizerParts:
+    """Build the tokenizer that `tokenizer.*` describes. Raises ModelFileError (malformed) or UnsupportedModelError."""
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModelError(f"{path}: tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'")
+    vocab = _Vocabulary(metadata, path)
+    if kind == "gpt2":
+        pre = _pre_tokenizer(metadata, path)
+        backend, strips, bos_default = _byte_level(vocab, pre), False, pre.add_bos
+    else:
+        strips = vocab.flag("add_space_prefix", default=True)
+        backend, bos_default = _sentencepiece(vocab, strips), True
+    _add_tokens(vocab, backend)
+    bos, *ends = (vocab.special_id(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
+    adds_bos, adds_eos = vocab.flag("add_bos_token", default=bos_default), vocab.flag("add_eos_token", default=False)
+    set_ends(backend, bos if adds_bos else None, ends[0] if adds_eos else None)
+    template = metadata.get("tokenizer.chat_template")
+    return TokenizerParts(
+        backend=backend,
+        spelling="byte-level" if kind == "gpt2" else "sentencepiece",
+        strips_first_space=strips,
+        special_ids=frozenset((*vocab.of_type(CONTROL), *vocab.of_type(UNKNOWN))),
+        user_ids=frozenset(vocab.of_type(USER_DEFINED)),
+        byte_ids=_byte_ids(vocab),
+        bos_id=bos,
+        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+class _Vocabulary:
+    """The checked arrays of `tokenizer.ggml`: `pieces[id]`, `types[id]`, `scores[id]`, and `ids[piece]`."""
+
+    def __init__(self, metadata: Mapping[str, Any], path: object) -> None:
+        self.metadata, self.path = metadata, path
+        self.pieces: list[str] = self.array("tokens") or []
+        if not self.pieces or len(self.pieces) > MAX_VOCAB:
+            raise self.error("tokens", f"holds {len(self.pieces)} tokens; 1 to {MAX_VOCAB} are supported")
+        try:
+            longest = max(map(len, self.pieces))
+            self.ids: dict[str, int] = {piece: i for i, piece in enumerate(self.pieces)}
+        except TypeError:
+            raise self.error("tokens", "is not an array of strings") from None
+        if longest > MAX_PIECE_CHARS:
+            raise self.error("tokens", f"has a token of {longest} characters; at most {MAX_PIECE_CHARS} are supported")
+        if len(self.ids) != len(self.pieces):
+            again = next(i for i, piece in enumerate(self.pieces) if self.ids[piece] != i)
+            first, last = again, self.ids[self.pieces[again]]
+            raise self.error("tokens", f"token {first} and token {last} are both {self.pieces[again]!r:.80}")
+        self.types: list[int] = self.array("token_type") or []
+        self.scores: list[float] = self.array("scores") or []
+        for name, values in (("token_type", self.types), ("scores", self.scores)):
+            if values and len(values) != len(self.pieces):
+                raise self.error(name, f"has {len(values)} entries for {len(self.pieces)} tokens")
+        self._marked: defaultdict[int, list[int]] = defaultdict(list)  # ids by type, of those that are not NORMAL
+        for i, kind in enumerate(self.types):
+            if kind != NORMAL:
+                self._marked[kind].append(i)
+
+    def error(self, field: str, problem: str) -> ModelFileError:
+        return ModelFileError(self.path, f"tokenizer.ggml.{field}", problem)
+
+    def array(self, name: str) -> list[Any] | None:
+        values = self.metadata.get(f"tokenizer.ggml.{name}")
+        if hasattr(values, "tolist"):
+            values = values.tolist()  # type: ignore[union-attr]
+        if values is not None and (not isinstance(values, Sequence) or isinstance(values, (str, bytes))):
+            raise self.error(name, f"is {type(values).__name__}, not an array")
+        return values if values is None or isinstance(values, list) else list(values)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.metadata.get(f"tokenizer.ggml.{name}", default)
+        if not isinstance(value, (bool, int)):
+            raise self.error(name, f"is {value!r:.80}, not a boolean")
+        return bool(value)
+
+    def special_id(self, name: str) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{name}")
+        if value is not None and not (isinstance(value, int) and 0 <= value < len(self.pieces)):
+            raise self.error(name, f"is {value!r:.80}; the vocabulary has ids 0 to {len(self.pieces) - 1}")
+        return value
+
+    def of_type(self, kind: int) -> list[int]:
+        return self._marked[kind]
+
+
+def _pre_tokenizer(metadata: Mapping[str, Any], path: object) -> PreTokenizer:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise UnsupportedModelError(
+            f"{path}: tokenizer.ggml.pre is {name!r:.80}; supported are {', '.join(sorted(PRE_TOKENIZERS))}"
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def _byte_level(vocab: _Vocabulary, pre: PreTokenizer) -> Backend:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    merges = _listed_merges(vocab)
+    try:
+        model = models.BPE(vocab=vocab.ids, merges=merges, ignore_merges=pre.whole_pieces)
+    except Exception:  # the library's own error has no type and names no merge
+        raise _bad_merge(vocab, merges) from None
+    backend = Tokenizer(model)
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.splits]
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, spell])
+    return backend
+
+
+def _listed_merges(vocab: _Vocabulary) -> list[tuple[str, str]]:
+    lines = vocab.array("merges") or []
+    try:
+        spaces = list(map(str.count, lines, repeat(" ")))
+    except TypeError:
+        raise vocab.error("merges", "is not an array of strings") from None
+    if spaces.count(1) != len(lines):
+        bad = next(i for i, count in enumerate(spaces) if count != 1)
+        raise vocab.error("merges", f"merge {bad} is {lines[bad]!r:.80}: not two tokens with one space between")
+    flat = " ".join(lines).split(" ")  # one split for all: a third of the time that one for each takes
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _bad_merge(vocab: _Vocabulary, merges: Sequence[tuple[str, str]]) -> ModelFileError:
+    for i, (left, right) in enumerate(merges):
+        for piece in (left, right, left + right):
+            if piece not in vocab.ids:
+                return vocab.error("merges", f"merge {i} names {piece!r:.80}, which is not among the tokens")
+    return vocab.error("merges", "cannot be used with these tokens")
+
+
+def _sentencepiece(vocab: _Vocabulary, space_prefix: bool) -> Backend:
+    """SentencePiece BPE joins the neighbours whose union has the highest score; as merges ranked by score do."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    if not (vocab.scores and vocab.types):
+        missing = "scores" if not vocab.scores else "token_type"
+        raise vocab.error(missing, "is missing; a 'llama' tokenizer needs it: convert the model again")
+    unknown = vocab.special_id("unknown_token_id")
+    if unknown is None:
+        unknown = next(iter(vocab.of_type(UNKNOWN)), None)
+    if unknown is None and len(_byte_ids(vocab)) < 256:
+        raise vocab.error("tokens", f"has {len(_byte_ids(vocab))} of 256 byte tokens and no unknown token to stand in")
+    model = models.BPE(
+        vocab=vocab.ids,
+        merges=_ranked_merges(vocab),
+        unk_token=None if unknown is None else vocab.pieces[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Tokenizer(model)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space_prefix else spaces
+    return backend
+
+
+def _ranked_merges(vocab: _Vocabulary) -> list[tuple[str, str]]:
+    """Every way to make an ordinary piece of two others, highest score first, longest left part first.
+
+    Control, unknown, unused and byte tokens take no part: text never turns into them.
+    """
+    ordinary = {p for p, kind in zip(vocab.pieces, vocab.types, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    scores, pieces = vocab.scores, vocab.pieces
+    if any(score != score for score in scores):
+        raise vocab.error("scores", "holds a value that is not a number")
+    ranked = []
+    for i, piece in enumerate(pieces):
+        if piece in ordinary:
+            for cut in range(len(piece) - 1, 0, -1):
+                left, right = piece[:cut], piece[cut:]
+                if left in ordinary and right in ordinary:
+                    ranked.append((-scores[i], -cut, cut - len(piece), i, left, right))
+    ranked.sort()
+    return [(left, right) for *_, left, right in ranked]
+
+
+def _byte_ids(vocab: _Vocabulary) -> dict[int, int]:
+    """Token id to byte of the tokens of type BYTE, spelled <0x00> to <0xFF>."""
+    spelled = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    return {i: spelled[vocab.pieces[i]] for i in vocab.of_type(BYTE) if vocab.pieces[i] in spelled}
+
+
+def _add_tokens(vocab: _Vocabulary, backend: Backend) -> None:
+    """Control tokens are found in text only when asked for; user-defined ones always. Both are found whole."""
+    from tokenizers import AddedToken
+
+    def added(kind: int, special: bool) -> list[AddedToken]:
+        return [AddedToken(vocab.pieces[i], normalized=False, special=special) for i in vocab.of_type(kind)]
+
+    backend.add_special_tokens(added(UNKNOWN, True) + added(CONTROL, True))
+    backend.add_tokens(added(USER_DEFINED, False))

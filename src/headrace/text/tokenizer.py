@@ -1,0 +1,173 @@
+"""Text to token ids and back. The merging itself is done by the `tokenizers` library; this is the one face it has here,
+whether the vocabulary came from a GGUF file or from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import RequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+Spelling = Literal["byte-level", "sentencepiece"]
+
+# Tokens that end a turn or a text in the chat formats in use. A file names one or two of them at most, so a special
+# token spelled like this ends generation even where the file does not say so.
+END_TEXTS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<EOT>",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerParts:
+    """What a file says of its tokenizer, checked: the readers of `gguf.py` and `folder.py` make it."""
+
+    backend: Backend  # with added tokens and post-processor in place
+    spelling: Spelling  # how a piece spells its bytes
+    strips_first_space: bool  # encoding put a space before the text, so decoding takes it off
+    special_ids: frozenset[int]
+    user_ids: frozenset[int]  # added tokens that are matched whole in any text, and spelled literally
+    byte_ids: Mapping[int, int]  # sentencepiece: token id to the byte that it stands for
+    bos_id: int | None
+    eos_ids: tuple[int, ...]  # named by the file
+    chat_template: str | None
+
+
+class Tokenizer:
+    """A model's vocabulary: `encode`, `decode`, and the bytes that each token contributes.
+
+    Thread-safe. `vocab_size` counts added tokens too; a model's embedding may have more rows than that.
+    """
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self._backend = parts.backend
+        self._lock = threading.Lock()  # guards the backend's special-token switch during an encode
+        self._special_ids = parts.special_ids
+        self.vocab_size: int = parts.backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id = parts.bos_id
+        self.chat_template = parts.chat_template
+        self.strips_first_space = parts.strips_first_space
+        endings = (self.token_id(text) for text in END_TEXTS)
+        self.eos_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([*parts.eos_ids, *(i for i in endings if i is not None and i in parts.special_ids)])
+        )
+        self.add_bos: bool = parts.bos_id is not None and self._backend.encode("").ids[:1] == [parts.bos_id]
+        self.all_bytes = TokenBytes(parts, skip_special=False)
+        self.plain_bytes = TokenBytes(parts, skip_special=True)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """From a Hugging Face folder with a tokenizer.json. Raises ModelFileError or UnsupportedModelError."""
+        from .folder import read_folder
+
+        return cls(read_folder(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
+        """From a GGUF file's metadata; `path` is named in errors. Raises ModelFileError or UnsupportedModelError."""
+        from .gguf import read_gguf
+
+        return cls(read_gguf(metadata, path))
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`; with `add_special` between the begin and end tokens that the model asks for.
+
+        A special token's name inside `text` is ordinary text unless `parse_special`. Raises RequestError where `text`
+        is not valid Unicode (a lone surrogate).
+        """
+        try:
+            with self._lock:
+                if self._backend.encode_special_tokens is parse_special:
+                    self._backend.encode_special_tokens = not parse_special
+                return self._backend.encode(text, add_special_tokens=add_special).ids
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is not valid Unicode: character {error.start} of {len(text)} is a lone surrogate; "
+                "decode its source as UTF-8 with errors='replace'"
+            ) from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary contribute nothing."""
+        table = self.plain_bytes if skip_special_tokens else self.all_bytes
+        text = b"".join([table[i] for i in ids]).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.strips_first_space else text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token contributes to a text (a special token: its name; outside the vocabulary: nothing)."""
+        return self.all_bytes[token]
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special_ids
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token spelled `text` in the vocabulary, or None."""
+        return self._backend.token_to_id(text)
+
+
+class TokenBytes(dict[int, bytes]):
+    """Token id to bytes, filled as ids are met, so that loading costs nothing. Bounded by the vocabulary."""
+
+    def __init__(self, parts: TokenizerParts, *, skip_special: bool) -> None:
+        super().__init__()
+        self._spell = parts.backend.id_to_token
+        self._byte_level = byte_alphabet() if parts.spelling == "byte-level" else None
+        self._byte_ids = parts.byte_ids
+        self._literal = parts.special_ids | parts.user_ids
+        self._skipped = parts.special_ids if skip_special else frozenset()
+
+    def __missing__(self, token: int) -> bytes:
+        piece = self._spell(token) if 0 <= token < 2**32 else None
+        if piece is None:
+            return b""
+        value = self[token] = b"" if token in self._skipped else self._bytes_of(token, piece)
+        return value
+
+    def _bytes_of(self, token: int, piece: str) -> bytes:
+        if token in self._byte_ids:
+            return bytes((self._byte_ids[token],))
+        if token in self._literal:
+            return piece.encode()
+        if self._byte_level is None:
+            return piece.replace("▁", " ").encode()
+        try:
+            return bytes([self._byte_level[character] for character in piece])
+        except KeyError:  # a piece that is not written in the byte alphabet stands for itself
+            return piece.encode()
+
+
+def set_ends(backend: Backend, bos: int | None, eos: int | None) -> None:
+    """Make encoding put `bos` before and `eos` after the text; None puts nothing there."""
+    from tokenizers import processors
+
+    ends = [(name, token) for name, token in (("BOS", bos), ("EOS", eos)) if token is not None]
+    special: list[Any] = [{"id": name, "ids": [token], "tokens": [backend.id_to_token(token)]} for name, token in ends]
+    template = [*(["BOS"] if bos is not None else []), "$A", *(["EOS"] if eos is not None else [])]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2), turned around: bytes that print as
+    themselves in Latin-1 keep their character, the 68 others take the characters from U+0100 up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + rank): byte for rank, byte in enumerate(others)}
