@@ -59,8 +59,8 @@ class Ops(Protocol):
         """Take a file's tensor [out, in] into this op set's own layout, its rows reordered by `row_order` if given."""
         ...
 
-    def vector(self, tensor: Any) -> Array:
-        """Take a file's 1-d tensor as float32."""
+    def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> Array:
+        """Take a file's 1-d tensor as float32, its elements reordered by `row_order` if given (biases follow their matrix)."""
         ...
 
     def kv_cache(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str) -> list[Any]:

@@ -1,0 +1,304 @@
+"""The op set in plain numpy, float32: the twin that every other set is tested against, and the fallback where nothing is compiled.
+
+A row's result is the same to the bit whatever else is in the batch. BLAS does not promise that: the sums it forms for a row
+change with the number of rows and with a row's place among them. So a product here is weight [out, in] times LANES columns
+of activations, always exactly that many, padded with zeros. BLAS kernels hold such columns in the lanes of vector
+registers, each of which does what its neighbours do; every weight shape is checked for it once, and a shape that fails
+takes one column at a time instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from .ops import Batch, KVGroupBatch, RopeTable
+
+LANES = 16  # columns in every product: one AVX-512 register of float32, two of AVX2
+BLOCK = 64  # keys that attention takes at once, from positions that are multiples of it
+SCORES = 1 << 18  # float32 scores that attention holds at once: they should stay in the second-level cache
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """float32 [out, in], and how many columns a product with it takes at once."""
+
+    rows: np.ndarray
+    lanes: int
+
+
+@dataclass(frozen=True)
+class KVPlane:
+    """Keys or values of one layer: codes [kv_heads, slots, head_dim], and float32 scales [kv_heads, slots] for int8."""
+
+    codes: np.ndarray
+    scales: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One layer's pages. Slot = page * page_size + offset; `dtype` names the storage; products take `lanes` columns at once."""
+
+    keys: KVPlane
+    values: KVPlane
+    page_size: int
+    dtype: str
+    lanes: int
+
+
+class ReferenceOps:
+    """The reference op set: `Ops` on numpy arrays. BLAS brings its own threads (OPENBLAS_NUM_THREADS sets how many)."""
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self._lanes: dict[tuple[int, int], int] = {}  # by weight shape: the verdict of `_columns_agree`
+
+    def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> DenseMatrix:
+        rows = np.ascontiguousarray(tensor.decode(), dtype=np.float32)
+        if row_order is not None:
+            rows = rows[row_order]
+        return DenseMatrix(rows, self._lanes_for(*rows.shape))
+
+    def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> np.ndarray:
+        values = np.ascontiguousarray(tensor.decode(), dtype=np.float32)
+        return values if row_order is None else values[row_order]
+
+    def _lanes_for(self, outputs: int, inputs: int) -> int:
+        """LANES if products with weights of this shape are seen to treat all columns alike, else 1."""
+        shape = (outputs, inputs)
+        if shape not in self._lanes:
+            noise = np.random.default_rng(0).standard_normal(1 << 16, dtype=np.float32)
+            self._lanes[shape] = LANES if _columns_agree(np.resize(noise, shape)) else 1
+        return self._lanes[shape]
+
+    def kv_cache(
+        self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str
+    ) -> list[KVCache]:
+        if dtype not in _STORED:
+            raise ConfigError(f"unknown kv_dtype {dtype!r}; the reference set stores {', '.join(_STORED)}")
+
+        lanes = min(self._lanes_for(BLOCK, head_dim), self._lanes_for(head_dim, BLOCK))
+
+        def plane() -> KVPlane:
+            codes = np.zeros((kv_heads, pages * page_size, head_dim), _STORED[dtype])
+            return KVPlane(codes, np.zeros(codes.shape[:2], np.float32) if dtype == "int8" else None)
+
+        return [KVCache(plane(), plane(), page_size, dtype, lanes) for _ in range(layers)]
+
+    def copy_page(self, caches: list[KVCache], source: int, target: int) -> None:
+        for cache in caches:
+            old = slice(source * cache.page_size, (source + 1) * cache.page_size)
+            new = slice(target * cache.page_size, (target + 1) * cache.page_size)
+            for plane in (cache.keys, cache.values):
+                plane.codes[:, new] = plane.codes[:, old]
+                if plane.scales is not None:
+                    plane.scales[:, new] = plane.scales[:, old]
+
+    def embed(self, table: DenseMatrix, tokens: np.ndarray) -> np.ndarray:
+        return table.rows[tokens]
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+        mean = np.mean(np.square(x), axis=-1, keepdims=True)
+        return x / np.sqrt(mean + np.float32(eps)) * weight
+
+    def linear(self, x: np.ndarray, weight: DenseMatrix, bias: np.ndarray | None = None) -> np.ndarray:
+        y = np.empty((len(x), len(weight.rows)), np.float32)
+        for start in range(0, len(x), weight.lanes):
+            rows = x[start : start + weight.lanes]
+            columns = np.zeros((weight.lanes, x.shape[1]), np.float32)
+            columns[: len(rows)] = rows
+            y[start : start + len(rows)] = (weight.rows @ columns.T).T[: len(rows)]
+        return y if bias is None else y + bias
+
+    def rope(self, x: np.ndarray, positions: np.ndarray, table: RopeTable, heads: int) -> np.ndarray:
+        angles = positions[:, None, None].astype(np.float32) * table.inv_freq
+        cos, sin = np.cos(angles) * np.float32(table.scale), np.sin(angles) * np.float32(table.scale)
+        half = len(table.inv_freq)
+        x = x.reshape(len(x), heads, -1)
+        turned = x.copy()
+        first, second = x[..., :half], x[..., half : 2 * half]
+        turned[..., :half] = first * cos - second * sin
+        turned[..., half : 2 * half] = second * cos + first * sin
+        return turned.reshape(len(x), -1)
+
+    def kv_write(self, cache: KVCache, k: np.ndarray, v: np.ndarray, group: KVGroupBatch) -> None:
+        for plane, x in ((cache.keys, k), (cache.values, v)):
+            _store(plane, group.slots, x.reshape(len(x), plane.codes.shape[0], -1).swapaxes(0, 1), cache.dtype)
+
+    def attention(
+        self,
+        q: np.ndarray,
+        cache: KVCache,
+        batch: Batch,
+        group: KVGroupBatch,
+        *,
+        heads: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> np.ndarray:
+        out = np.zeros_like(q)
+        q = q * np.float32(scale)
+        for chunk, pages in enumerate(group.page_table):
+            rows = slice(batch.chunk_rows[chunk], batch.chunk_rows[chunk + 1])
+            out[rows] = self._attend(q[rows], cache, batch.positions[rows], pages, heads, window, softcap)
+        return out
+
+    def _attend(
+        self,
+        q: np.ndarray,
+        cache: KVCache,
+        positions: np.ndarray,
+        pages: np.ndarray,
+        heads: int,
+        window: int | None,
+        softcap: float | None,
+    ) -> np.ndarray:
+        """Attention of one chunk's rows. Each (row, query head of a KV head) is a lane; lanes go in tiles, tiles in bunches."""
+        kv_heads, _, head_dim = cache.keys.codes.shape
+        grouped = heads // kv_heads
+        first_block, keys, values = _gather(cache, positions, pages, window)
+        lanes = cache.lanes
+        tiles = -(-len(q) * grouped // lanes)
+
+        columns = np.zeros((kv_heads, tiles * lanes, head_dim), np.float32)
+        columns[:, : len(q) * grouped] = (
+            q.reshape(len(q), kv_heads, grouped, head_dim).swapaxes(0, 1).reshape(kv_heads, -1, head_dim)
+        )
+        columns = columns.reshape(kv_heads, tiles, 1, lanes, head_dim).swapaxes(-1, -2)
+        # Padding lanes hold zeros and take the last position, so that they too see a key.
+        lane_positions = np.full(tiles * lanes, positions[-1], positions.dtype)
+        lane_positions[: len(q) * grouped] = np.repeat(positions, grouped)
+        lane_positions = lane_positions.reshape(tiles, 1, 1, lanes)
+
+        out = np.empty((kv_heads, tiles, head_dim, lanes), np.float32)
+        bunch = max(1, SCORES // (kv_heads * keys.shape[1] * BLOCK * lanes))
+        for start in range(0, tiles, bunch):
+            part = slice(start, start + bunch)
+            blocks = _blocks_seen(lane_positions[part], window, first_block)
+            out[:, part] = _softmax_attention(
+                columns[:, part],
+                keys[:, None, blocks],
+                values[:, None, blocks],
+                lane_positions[part],
+                (first_block + blocks.start) * BLOCK,
+                window,
+                softcap,
+            )
+        rows = out.swapaxes(-1, -2).reshape(kv_heads, -1, head_dim)[:, : len(q) * grouped]
+        return rows.reshape(kv_heads, len(q), grouped, head_dim).swapaxes(0, 1).reshape(len(q), -1)
+
+    def silu_mul(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):  # exp(-gate) may be inf, and then silu is 0
+            return gate / (np.float32(1) + np.exp(-gate)) * up
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return x + y
+
+    def take_rows(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return x[rows]
+
+
+def _columns_agree(weight: np.ndarray) -> bool:
+    """Whether each column of weight [out, in] @ [in, LANES] is the same to the bit at any place and beside any others."""
+    random = np.random.default_rng(0).standard_normal((LANES, weight.shape[1]), dtype=np.float32)
+    full = weight @ random.T
+    moved = weight @ np.roll(random, 5, axis=0).T
+    alone = np.zeros_like(random)
+    alone[0] = random[0]
+    same = weight @ np.repeat(random[:1], LANES, axis=0).T
+    return bool(
+        np.array_equal(np.roll(full, 5, axis=1), moved)
+        and np.array_equal((weight @ alone.T)[:, 0], full[:, 0])
+        and (same == full[:, :1]).all()
+    )
+
+
+def _blocks_seen(positions: np.ndarray, window: int | None, first_block: int) -> slice:
+    """The blocks that any of `positions` sees, counted from `first_block`."""
+    low = 0 if window is None else max(0, int(positions.min()) - window + 1)
+    return slice(low // BLOCK - first_block, int(positions.max()) // BLOCK + 1 - first_block)
+
+
+def _gather(
+    cache: KVCache, positions: np.ndarray, pages: np.ndarray, window: int | None
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """The first block that a chunk sees, and keys and values from there on: float32 [kv_heads, blocks, BLOCK, head_dim].
+
+    Only positions that the chunk sees are read; the rest of the first and last block is zeros, so that what other
+    sequences left in a page (or a NaN in it) never meets a product.
+    """
+    low = 0 if window is None else max(0, int(positions[0]) - window + 1)
+    end = int(positions[-1]) + 1
+    first, past = low // BLOCK, -(-end // BLOCK)
+    seen = np.arange(low, end)
+    slots = pages[seen // cache.page_size].astype(np.int64) * cache.page_size + seen % cache.page_size
+
+    def blocks(plane: KVPlane) -> np.ndarray:
+        kv_heads, _, head_dim = plane.codes.shape
+        out = np.zeros((kv_heads, (past - first) * BLOCK, head_dim), np.float32)
+        out[:, low - first * BLOCK : end - first * BLOCK] = _load(plane, slots, cache.dtype)
+        return out.reshape(kv_heads, -1, BLOCK, head_dim)
+
+    return first, blocks(cache.keys), blocks(cache.values)
+
+
+def _softmax_attention(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    positions: np.ndarray,
+    start: int,
+    window: int | None,
+    softcap: float | None,
+) -> np.ndarray:
+    """q [kv_heads, tiles, 1, head_dim, lanes] over blocks [kv_heads, 1, blocks, BLOCK, head_dim] -> [kv_heads, tiles, head_dim, lanes].
+
+    Two passes: the maximum over all keys, then sums in ascending order of position, within blocks and over them. A block that
+    a lane does not see adds exact zeros, so it makes no difference which lanes share a tile.
+    """
+    scores = keys @ q
+    if softcap is not None:
+        scores = np.tanh(scores / np.float32(softcap)) * np.float32(softcap)
+    key_positions = (start + np.arange(keys.shape[2] * BLOCK, dtype=positions.dtype)).reshape(-1, BLOCK, 1)
+    hidden = key_positions > positions
+    if window is not None:
+        hidden |= key_positions <= positions - window
+    scores = np.where(hidden, np.float32(-np.inf), scores)
+    scores -= scores.max(axis=(2, 3), keepdims=True)
+    weights = np.exp(scores, out=scores)
+    # Sums start from +0.0, which keeps a sum of nothing but zeros from being -0.0 or +0.0 as blocks happen to fall.
+    zero = np.float32(0)
+    total = weights.sum(axis=3, initial=zero).sum(axis=2, initial=zero)[:, :, None]
+    mixed = (values.swapaxes(-1, -2) @ weights).sum(axis=2, initial=zero)
+    return mixed / total
+
+
+_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
+
+
+def _store(plane: KVPlane, slots: np.ndarray, x: np.ndarray, dtype: str) -> None:
+    """Round x [kv_heads, rows, head_dim] to nearest even in the storage type. int8 codes are x / scale, scale = max |x| / 127."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        plane.codes[:, slots] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    elif plane.scales is not None:
+        scales = np.abs(x).max(axis=-1) / np.float32(127)
+        plane.scales[:, slots] = scales
+        plane.codes[:, slots] = np.rint(x / np.where(scales > 0, scales, np.float32(1))[..., None])
+    else:
+        plane.codes[:, slots] = x
+
+
+def _load(plane: KVPlane, slots: np.ndarray, dtype: str) -> np.ndarray:
+    """What is stored at `slots`, as float32 [kv_heads, len(slots), head_dim]."""
+    codes = plane.codes[:, slots]
+    if dtype == "bfloat16":
+        return (codes.astype(np.uint32) << 16).view(np.float32)
+    if plane.scales is not None:
+        return codes * plane.scales[:, slots, None]
+    return codes.astype(np.float32)
