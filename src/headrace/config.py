@@ -1,24 +1,60 @@
-"""Settings: frozen, checked once. Every "auto" is resolved at the door (`llm.py`), where model and machine are known."""
+"""Settings: frozen, checked once. Every "auto" is resolved at the door (`assemble.py`), where model and machine are known."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from .errors import ConfigError
 
+Auto = Literal["auto"]
 Policy = Literal["fcfs", "longest-prefix", "static"]
 POLICIES = ("fcfs", "longest-prefix", "static")
+KERNELS = ("auto", "native", "reference")
 
 
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """How steps are put together.
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a user may ask of an engine; `kv_memory` is in bytes, the rest in tokens, sequences, threads or steps.
 
-    `max_batch_tokens` rows and `max_sequences` sequences at most in a step; `max_logit_rows` rows of logits at most (a row is
-    4 bytes times the vocabulary). `policy`: "fcfs" admits by priority, then arrival; "longest-prefix" prefers, within a short
-    look-ahead, the prompt with the most cached tokens; "static" admits a batch only when the last one has finished (for comparison).
+    `policy`: "fcfs" admits by priority, then arrival; "longest-prefix" prefers, within a short look-ahead, the prompt with the
+    most cached tokens; "static" admits a batch only when the last one has finished (for comparison).
     """
+
+    kernels: str = "auto"
+    threads: int | Auto = "auto"
+    max_context: int | Auto = "auto"
+    kv_memory: int | Auto = "auto"
+    kv_dtype: str = "auto"
+    page_size: int = 32
+    max_batch_tokens: int = 512
+    max_sequences: int = 64
+    policy: Policy = "fcfs"
+    prefix_cache: bool = True
+    steps_in_flight: int = 2
+
+    def __post_init__(self) -> None:
+        for name, high in (
+            ("threads", 1024),
+            ("max_context", 2**31 - 1),
+            ("kv_memory", 2**62),
+            ("page_size", 1024),
+            ("max_batch_tokens", 2**20),
+            ("max_sequences", 65536),
+            ("steps_in_flight", 64),
+        ):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high):
+                raise ConfigError(f"{name} must be a whole number from 1 to {high}, got {value!r}")
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How steps are put together: at most `max_batch_tokens` rows, `max_sequences` sequences, and `max_logit_rows` rows of logits
+    (4 bytes times the vocabulary each) in a step."""
 
     max_batch_tokens: int = 512
     max_sequences: int = 64
@@ -27,9 +63,22 @@ class SchedulerConfig:
     policy: Policy = "fcfs"
     prefix_cache: bool = True
 
-    def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "max_sequences", "max_logit_rows", "max_context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
+
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine really runs with: no "auto" is left. Printed by `headrace info`."""
+
+    model: str
+    kernels: str
+    threads: int
+    max_context: int
+    kv_dtype: str
+    kv_bytes_per_token: int
+    page_size: int
+    pages: int  # in each pool, the trash page included
+    kv_memory: int  # bytes
+    max_batch_tokens: int
+    max_sequences: int
+    max_logit_rows: int
+    policy: Policy
+    prefix_cache: bool
+    steps_in_flight: int

@@ -17,78 +17,11 @@ from operator import itemgetter
 
 from ..config import SchedulerConfig
 from ..errors import CapacityError, RequestError
-from ..types import LATE, Chunk, Event, FinishReason, Opened, Request, Step, StepResult, Timings, Transfer
-from .pages import Path, PrefixKeys, Tables
+from ..types import LATE, Chunk, Event, FinishReason, Opened, Request, Step, StepResult, Transfer
+from .pages import Path
+from .sequence import Residence, Sequence
 
 LOOK_AHEAD = 32  # waiting sequences that the longest-prefix policy compares, and times that one may be passed over
-
-
-class Residence:
-    """What a running sequence has on the workers. Never reused: a preempted sequence comes back with a new one."""
-
-    __slots__ = ("closed", "handle", "in_flight", "path", "sequence", "tables")
-
-    def __init__(self, handle: int, sequence: Sequence, path: Path, tables: Tables) -> None:
-        self.handle, self.sequence, self.path, self.tables = handle, sequence, path, tables
-        self.in_flight = 0  # steps in flight that name it
-        self.closed = False
-
-
-class Sequence:
-    """One request's tokens, and how far they are computed. Owned by the scheduler alone."""
-
-    __slots__ = (
-        "admitted", "arrival_order", "cached_tokens", "computed", "first_token", "finished", "keys", "last_sampler", "last_token",
-        "max_length", "passed_over", "pending", "preemptions", "prompt_length", "published", "request", "residence", "scheduled",
-        "scored", "tokens",
-    )  # fmt: skip
-
-    def __init__(self, request: Request, order: int, max_length: int, page_size: int) -> None:
-        self.request, self.arrival_order, self.max_length = request, order, max_length
-        self.tokens = list(request.prompt_ids)
-        self.prompt_length = len(self.tokens)
-        self.keys = PrefixKeys(page_size, f"{request.adapter}:{request.salt}")
-        self.residence: Residence | None = None
-        self.computed = self.scheduled = self.published = 0  # tokens, tokens, pages
-        self.pending = 0  # tokens that steps in flight will sample
-        self.last_sampler = -1  # the last step planned to sample for it
-        self.scored = 0  # prompt positions whose logits have been delivered
-        self.finished = False
-        self.passed_over = self.preemptions = self.cached_tokens = 0
-        self.admitted = self.first_token = self.last_token = 0.0
-
-    @property
-    def rank(self) -> tuple[int, float, int]:
-        """Order of service: priority, then arrival. A sequence is only ever preempted for one of lower rank."""
-        return (-self.request.priority, self.request.arrival, self.arrival_order)
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens) + self.pending
-
-    @property
-    def todo(self) -> int:
-        """Tokens that could be computed now. The last token of a sequence at its maximum length need not be."""
-        length = len(self.tokens) + self.pending
-        return (length if length < self.max_length else 0) - self.scheduled if self.generates else length - self.scheduled
-
-    @property
-    def generates(self) -> bool:
-        return self.request.kind == "generate"
-
-    @property
-    def scores(self) -> bool:
-        """Whether the logits of prompt positions are asked for."""
-        return self.request.kind == "score" or self.request.params.prompt_logprobs is not None
-
-    def timings(self) -> Timings:
-        return Timings(
-            queue=max(0.0, self.admitted - self.request.arrival) if self.admitted else 0.0,
-            prefill=max(0.0, self.first_token - self.admitted),
-            decode=max(0.0, self.last_token - self.first_token),
-            cached_tokens=self.cached_tokens,
-            preemptions=self.preemptions,
-        )
 
 
 class _Draft:
@@ -278,7 +211,7 @@ class Scheduler:
         samples = sequence.generates and end == sequence.length
         logit_rows = int(samples)
         if sequence.scores and (unscored := max(start, sequence.scored)) < sequence.prompt_length:
-            logit_rows = end - unscored
+            logit_rows = max(logit_rows, end - unscored)
         draft.chunks[residence.handle] = Chunk(
             residence.handle, start, tokens, new_pages, logit_rows, samples, sequence.last_sampler if late else -1
         )

@@ -1,0 +1,138 @@
+"""From a model's name and a user's settings to a running engine: every "auto" is resolved here, once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from .config import Resolved, SchedulerConfig, Settings
+from .engine import Engine
+from .errors import CapacityError, ConfigError
+from .formats.gguf import GGUFFile, open_gguf
+from .formats.hub import resolve
+from .formats.safetensors import SafetensorsFile, open_safetensors
+from .kernels import choose_ops
+from .memory.kv import kv_format
+from .model.decoder import Decoder
+from .model.spec import ModelSpec, read_spec
+from .model.weights import load_weights
+from .schedule.pages import Pages, Path
+from .schedule.scheduler import Scheduler
+from .text.tokenizer import Tokenizer
+from .workers.executor import ThreadExecutor
+from .workers.residents import Residents
+from .workers.runner import Runner
+
+GiB = 2**30
+AUTO_KV_MEMORY = 2 * GiB
+AUTO_KV_SHARE = 0.25  # of the memory that is free
+LOGIT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk, opened but not loaded."""
+
+    name: str
+    path: FilePath
+    file: GGUFFile | SafetensorsFile
+    spec: ModelSpec
+
+    def tokenizer(self) -> Tokenizer:
+        if isinstance(self.file, GGUFFile):
+            return Tokenizer.from_gguf(self.file.metadata, path=self.path)
+        return Tokenizer.from_folder(self.path)
+
+
+def open_model(name: str) -> Model:
+    """Find a model (pulling it where needed), map its file and read its spec. Raises the errors of `formats` and `model.spec`."""
+    path = resolve(name)
+    file = open_gguf(path) if path.is_file() and path.suffix == ".gguf" else open_safetensors(path)
+    return Model(name, path, file, read_spec(file))
+
+
+def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
+    """Load the weights and put the engine together."""
+    ops = choose_ops(settings.kernels, _threads(settings))
+    resolved = resolve_settings(model, settings, ops)
+    spec = model.spec
+    layers = range(spec.layers)
+    decoder = Decoder(spec, load_weights(model.file, spec, ops, layers), layers)
+    caches = [
+        ops.kv_cache(len(group), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype)
+        for _, group in spec.kv_groups
+    ]
+    residents = Residents(resolved.max_sequences, resolved.max_context, resolved.page_size, len(caches))
+    path = Path([Pages(resolved.pages, resolved.page_size, window) for window, _ in spec.kv_groups])
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_batch_tokens=resolved.max_batch_tokens,
+            max_sequences=resolved.max_sequences,
+            max_logit_rows=resolved.max_logit_rows,
+            max_context=resolved.max_context,
+            policy=resolved.policy,
+            prefix_cache=resolved.prefix_cache,
+        ),
+        path,
+    )
+    executor = ThreadExecutor(Runner(decoder, ops, caches, residents).run)
+    return Engine(scheduler, executor, resolved.steps_in_flight), resolved
+
+
+def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
+    """Replace every "auto". CapacityError where not even one short sequence fits."""
+    spec = model.spec
+    kv_dtype = ops.default_kv_dtype if settings.kv_dtype == "auto" else settings.kv_dtype
+    per_token = sum(kv_format(kv_dtype).token_bytes(len(group), spec.kv_heads, spec.head_dim) for _, group in spec.kv_groups)
+    page_bytes = per_token * settings.page_size
+    context = spec.context_length if settings.max_context == "auto" else settings.max_context
+    if context > spec.context_length:
+        raise ConfigError(f"max_context {context} is more than the model's context of {spec.context_length}; lower it")
+    memory = settings.kv_memory
+    if memory == "auto":
+        memory = min(AUTO_KV_MEMORY, int(AUTO_KV_SHARE * available_memory()))
+        memory = min(memory, settings.max_sequences * -(-context // settings.page_size) * page_bytes + page_bytes)
+    pages = memory // page_bytes
+    if pages < 2:
+        raise CapacityError(f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; raise it, or lower page_size")
+    fitting = (pages - 1) * settings.page_size + 1
+    if context > fitting and settings.max_context != "auto":
+        raise CapacityError(
+            f"a context of {context} tokens needs {-(-context // settings.page_size) * page_bytes + page_bytes} bytes of KV memory, "
+            f"there are {memory}; raise kv_memory or lower max_context"
+        )
+    return Resolved(
+        model=model.name,
+        kernels=ops.name,
+        threads=ops.threads,
+        max_context=min(context, fitting),
+        kv_dtype=kv_dtype,
+        kv_bytes_per_token=per_token,
+        page_size=settings.page_size,
+        pages=pages,
+        kv_memory=pages * page_bytes,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_sequences=settings.max_sequences,
+        max_logit_rows=max(LOGIT_ROWS, settings.max_sequences),
+        policy=settings.policy,
+        prefix_cache=settings.prefix_cache,
+        steps_in_flight=settings.steps_in_flight,
+    )
+
+
+def available_memory() -> int:
+    """Bytes of memory that could be used without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _threads(settings: Settings) -> int:
+    return len(os.sched_getaffinity(0)) if settings.threads == "auto" else settings.threads

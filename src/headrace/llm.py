@@ -1,0 +1,153 @@
+"""The offline door: a language model in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .assemble import build_engine, open_model
+from .completion import Completion, Delta, Output
+from .config import Settings
+from .errors import RequestError
+from .formats.hub import DEFAULT_MODEL
+from .frontend import Frontend, Message, Prompt
+from .types import Event, Kind, SamplingParams
+
+_SCORE = SamplingParams(max_tokens=1, return_logits=True)
+
+
+class LLM:
+    """A model, its tokenizer and an engine. `settings` are the fields of `config.Settings`.
+
+    Calls from one thread only; streams may be interleaved with other calls. For asyncio, and for an engine in its own process,
+    see AsyncLLM. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, ConfigError or CapacityError.
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
+        opened = open_model(str(model))
+        self.spec = opened.spec
+        self.tokenizer = opened.tokenizer()
+        self.engine, self.config = build_engine(opened, Settings(**settings))
+        self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
+        self._live: dict[str, Completion] = {}
+        self._deltas: dict[str, list[Delta]] = {}
+
+    # -- doors ------------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
+    ) -> list[Output]:
+        """Complete each prompt (text, or token ids); one Output per prompt, in order. `options`: priority, deadline, salt.
+
+        A request that fails alone ends with finish_reason "error" and its sample's `error`; a malformed one raises RequestError.
+        """
+        many = _prompts(prompts)
+        each = [params or SamplingParams()] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise RequestError(f"{len(each)} sampling params for {len(many)} prompts; give one, or one for each")
+        ids = [self._frontend.prompt_ids(prompt) for prompt in many]
+        return self._run([self._start(i, p, **options) for i, p in zip(ids, each, strict=True)])
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Output:
+        """The assistant's answer to a conversation: messages of {"role", "content"}."""
+        ids = self._frontend.chat_ids(messages)
+        return self._run([self._start(ids, params or SamplingParams(), **options)])[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Delta]:
+        """Complete one prompt, piece by piece. Leaving the iterator cancels what is left."""
+        return self._stream(self._frontend.prompt_ids(prompt), params or SamplingParams(), options)
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Iterator[Delta]:
+        """`chat`, piece by piece."""
+        return self._stream(self._frontend.chat_ids(messages), params or SamplingParams(), options)
+
+    def logits(self, prompt: Prompt) -> np.ndarray:
+        """float32 [tokens, vocab]: what the model gives at each position of the prompt."""
+        ids = self._frontend.prompt_ids(prompt)
+        sample = self._run([self._start(ids, _SCORE, kind="score")])[0].samples[0]
+        if sample.logits is None:
+            raise RequestError(sample.error or f"the request ended early: {sample.finish_reason}")
+        return sample.logits
+
+    def close(self) -> None:
+        """Cancel what runs and stop the workers."""
+        for request_id in list(self._live):
+            self._cancel(request_id)
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # -- how ----------------------------------------------------------------------------------------------------------------
+
+    def _start(self, prompt_ids: list[int], params: SamplingParams, *, kind: Kind = "generate", **options: Any) -> str:
+        requests = self._frontend.requests(prompt_ids, params, kind=kind, **options)
+        request_id = requests[0].id
+        self._live[request_id] = Completion(prompt_ids, params, self.tokenizer, lambda index: self._stop(request_id, index))
+        try:
+            for request in requests:
+                self.engine.add(request)
+        except BaseException:
+            self._cancel(request_id)
+            raise
+        return request_id
+
+    def _run(self, request_ids: list[str]) -> list[Output]:
+        live = [self._live[request_id] for request_id in request_ids]
+        try:
+            while not all(completion.done for completion in live):
+                self._step()
+        finally:
+            for request_id in request_ids:
+                self._cancel(request_id)
+        return [completion.output for completion in live]
+
+    def _stream(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> Iterator[Delta]:
+        request_id = self._start(prompt_ids, params, **options)
+        completion = self._live[request_id]
+        deltas = self._deltas[request_id] = []
+        try:
+            while deltas or not completion.done:
+                if deltas:
+                    yield deltas.pop(0)
+                else:
+                    self._step()
+            if completion.output.samples[0].error is not None:
+                raise RequestError(completion.output.samples[0].error)
+        finally:
+            del self._deltas[request_id]
+            self._cancel(request_id)
+
+    def _step(self) -> None:
+        """One step of the engine; its events go to whom they belong."""
+        for event in self.engine.step():
+            self._dispatch(event)
+
+    def _dispatch(self, event: Event) -> None:
+        completion = self._live.get(event.request_id)
+        delta = completion.push(event) if completion else None
+        if delta is not None and event.request_id in self._deltas:
+            self._deltas[event.request_id].append(delta)
+
+    def _stop(self, request_id: str, sample_index: int) -> Event | None:
+        """End a sample whose stop string has appeared. Its sequence may have ended by itself in the same step."""
+        events = self.engine.finish(request_id, sample_index, "stop")
+        return events[0] if events else None
+
+    def _cancel(self, request_id: str) -> None:
+        if self._live.pop(request_id, None):
+            self.engine.finish(request_id)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, also where one was given."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    return [many] if many and all(isinstance(item, int) for item in many) else many  # type: ignore[return-value, list-item]
