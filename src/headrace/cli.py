@@ -1,0 +1,305 @@
+"""The command line: thin. A command imports what it uses when it runs, so that a prompt does not wait for a bench."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import ConfigError, HeadraceError, RequestError
+
+MAX_PROMPT_BYTES = 64 << 20  # of standard input
+
+
+class _Group(TyperGroup):
+    """Every HeadraceError is one line on stderr and exit code 1; HEADRACE_DEBUG=1 shows where it came from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except HeadraceError as error:
+            if os.environ.get("HEADRACE_DEBUG") == "1":
+                raise
+            typer.echo(f"headrace: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo(err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Whoever read the output has gone: leave quietly, and give the interpreter's last flush somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run, measure and look into language models.",
+)
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Alias, .gguf file, Hugging Face folder or hf:org/name[:file].")
+]
+Kernels = Annotated[str, typer.Option(help="Op set: auto, native or reference.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of the op set; 0 for one a core.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"headrace {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; read from standard input if absent or '-'.")] = None,
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    as_json: Json = False,
+    kernels: Kernels = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Answer one prompt, as it is generated."""
+    from .llm import LLM
+    from .types import SamplingParams
+
+    if raw and system is not None:
+        raise ConfigError("--system needs the chat template, which --raw skips; leave one of them out")
+    text = _read_prompt(prompt)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    messages = [
+        *([{"role": "system", "content": system}] if system is not None else []),
+        {"role": "user", "content": text},
+    ]
+    with LLM(model, kernels=kernels, threads=threads or "auto") as llm:
+        if as_json:
+            print(
+                json.dumps(
+                    _answer(llm.generate([text], params)[0] if raw else llm.chat(messages, params)), ensure_ascii=False
+                )
+            )
+            return
+        written = ""
+        for piece in llm.stream(text, params) if raw else llm.stream_chat(messages, params):
+            written = _write(piece.text) or written
+        if not written.endswith("\n"):
+            print()
+
+
+@app.command()
+def chat(
+    model: Model = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.2,
+    seed: Annotated[int | None, typer.Option(help="Seed of every answer.")] = None,
+    kernels: Kernels = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    from .chat_cli import Chat
+    from .llm import LLM
+    from .types import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with LLM(model, kernels=kernels, threads=threads or "auto") as llm:
+        Chat(llm, params, system).loop()
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help="Alias or hf:org/name[:file].")] = DEFAULT_MODEL) -> None:
+    """Fetch a model into the cache and print where it lies."""
+    from .formats.hub import pull as fetch
+
+    typer.echo(fetch(model))
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Also describe this model.")] = None,
+    as_json: Json = False,
+    kernels: Kernels = "auto",
+) -> None:
+    """Show the machine, the op set chosen and why, and what a model costs here."""
+    from .lab.facts import describe, print_facts
+
+    facts = describe(model, kernels)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print_facts(facts)
+
+
+@eval_app.command()
+def perplexity(
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
+    model: Model = DEFAULT_MODEL,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    stride: Annotated[int, typer.Option(help="Tokens from one window's start to the next's.")] = 512,
+    limit_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Read only this much of the file.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    kernels: Kernels = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Perplexity of a text, window by window.
+
+    A window is scored on the tokens that no earlier window scored and that have a token before them in it.
+    """
+    from .lab.perplexity import measure, read_text
+    from .llm import LLM
+
+    document = read_text(text, limit_bytes)
+    with (
+        LLM(model, kernels=kernels, threads=threads or "auto", max_context=context) as llm,
+        _progress("windows", quiet=as_json) as advance,
+    ):
+        result = measure(llm, document, context, stride, advance)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    else:
+        typer.echo(result)
+
+
+@bench_app.callback()
+def bench(
+    ctx: typer.Context,
+    model: Model = DEFAULT_MODEL,
+    tests: Annotated[str, typer.Option(help="Names, comma-separated.")] = "pp128,pp512,tg128,tg128@512,b8,b32,b64",
+    reps: Annotated[int, typer.Option(min=1, max=1000, help="Measured runs of each test, after one to warm up.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here.", show_default=False)
+    ] = None,
+    kernels: Kernels = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Measure tokens per second, beside what the machine's memory and arithmetic allow at that moment.
+
+    ppN: N prompt tokens to the first output token. tgN[@D]: N tokens generated alone after a prompt of 8 (or D) tokens.
+    bB: B sequences of 64 prompt tokens together, 64 tokens generated each. Prefill is left out of tg and b.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from .lab.bench import measure, parse_tests, print_report, write_report
+
+    parsed = parse_tests(tests)
+    with _progress("runs") as advance:
+        report = measure(model, parsed, reps, advance, kernels=kernels, threads=threads or "auto")
+    print_report(report)
+    if json_file is not None:
+        write_report(report, json_file)
+
+
+@bench_app.command()
+def overhead(
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Steps to measure.")] = 500,
+    as_json: Json = False,
+) -> None:
+    """Time of the engine's and the scheduler's own work in a step, with a device that answers at once."""
+    from .lab.overhead import measure_overhead, print_overhead
+
+    rows = measure_overhead(steps)
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print_overhead(rows)
+
+
+@contextmanager
+def _progress(unit: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by (done, all); nothing where there is no terminal to see it."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = [*Progress.get_default_columns(), MofNCompleteColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(unit)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise RequestError('no prompt: give one, as in headrace run "Why is the sky blue?", or pipe it in')
+    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise RequestError(f"standard input is longer than {MAX_PROMPT_BYTES} bytes; give a shorter prompt")
+    text = data.decode("utf-8", errors="replace").removesuffix("\n")
+    if not text:
+        raise RequestError("the prompt on standard input is empty; give at least one character")
+    return text
+
+
+def _write(text: str) -> str:
+    from .chat_cli import printable
+
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+    return text
+
+
+def _answer(output: Any) -> dict[str, Any]:
+    """What `run --json` prints. Times are in seconds."""
+    import msgspec
+
+    timings = msgspec.to_builtins(output.timings)
+    usage = {
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": len(output.token_ids),
+        "total_tokens": len(output.prompt_token_ids) + len(output.token_ids),
+    }
+    return {
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "finish_reason": output.finish_reason,
+        "usage": usage,
+        "timings": timings,
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    app()

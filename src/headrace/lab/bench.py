@@ -1,0 +1,203 @@
+"""Tokens per second through the public door, each run beside the machine's ceilings of that very moment."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import CapacityError, ConfigError, RequestError
+from ..model.spec import ModelSpec
+from ..types import SamplingParams
+from .ceilings import matmul_rate, read_bandwidth
+
+if TYPE_CHECKING:
+    from ..completion import Output
+    from ..llm import LLM
+
+BATCH_PROMPT = BATCH_NEW = 64
+SHORT_PROMPT = 8
+MAX_TOKENS = 1 << 17
+MAX_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Test:
+    """`batch` prompts of `prompt` tokens: `new` tokens each, the prefill left out, or with new = 0 the prefill alone."""
+
+    __test__ = False  # not a test of pytest's
+    name: str
+    batch: int
+    prompt: int
+    new: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the rate counts."""
+        return self.batch * (self.new or self.prompt)
+
+    @property
+    def context(self) -> int:
+        """Tokens of each sequence at its end."""
+        return self.prompt + self.new + 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a test must at least read and compute, at the precision that the model file has."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement, and what the machine could do just after it."""
+
+    test: Test
+    seconds: float
+    cost: Cost
+    read_ceiling: float  # GB/s, on a working set of the weights' size
+    matmul_ceiling: float  # GFLOP/s, float32
+
+    @property
+    def rate(self) -> float:
+        return self.test.tokens / self.seconds
+
+    @property
+    def read_rate(self) -> float:
+        """GB/s."""
+        return self.cost.bytes / self.seconds / 1e9
+
+    @property
+    def compute_rate(self) -> float:
+        """GOP/s."""
+        return self.cost.flops / self.seconds / 1e9
+
+    def as_dict(self) -> dict[str, float | str]:
+        """A row of the results schema."""
+        return {
+            "test": self.test.name,
+            "latency_s": self.seconds,
+            "tokens_per_second": self.rate,
+            "read_gb_per_s": self.read_rate,
+            "read_ceiling_gb_per_s": self.read_ceiling,
+            "compute_gop_per_s": self.compute_rate,
+            "matmul_ceiling_gflop_per_s": self.matmul_ceiling,
+        }
+
+
+def parse_tests(names: str) -> list[Test]:
+    """Tests by name, comma-separated: ppN, tgN, tgN@D, bB. ConfigError for anything else."""
+    return [_parse(name.strip()) for name in names.split(",")]
+
+
+def _parse(name: str) -> Test:
+    match = re.fullmatch(r"pp(?P<pp>\d{1,6})|tg(?P<tg>\d{1,6})(?:@(?P<depth>\d{1,6}))?|b(?P<b>\d{1,6})", name)
+    if match is None:
+        raise ConfigError(f"{name!r:.40} is not a test; tests are ppN, tgN, tgN@D and bB, as in pp512,tg128@512,b8")
+    sizes = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+    for key, value in sizes.items():
+        most = MAX_BATCH if key == "b" else MAX_TOKENS
+        if not 1 <= value <= most:
+            raise ConfigError(f"{name}: {value} is out of range; it must be from 1 to {most}")
+    if "pp" in sizes:
+        return Test(name, 1, sizes["pp"], 0)
+    if "tg" in sizes:
+        return Test(name, 1, sizes.get("depth", SHORT_PROMPT), sizes["tg"])
+    return Test(name, sizes["b"], BATCH_PROMPT, BATCH_NEW)
+
+
+def cost_of(test: Test, spec: ModelSpec, weight_bytes: int, kv_bytes_per_token: int, rows_per_step: int) -> Cost:
+    """Bytes and operations of what `test` times: a step reads all weights once, and each sequence's keys and values."""
+    per_layer = kv_bytes_per_token / spec.layers
+
+    def kv_bytes(context: int) -> int:
+        return int(per_layer * sum(context if window is None else min(context, window) for window in spec.windows))
+
+    if test.new:
+        contexts = range(test.prompt + 1, test.prompt + test.new + 1)
+        read = test.new * weight_bytes + test.batch * sum(kv_bytes(c) for c in contexts)
+        return Cost(read, test.batch * sum(spec.flops_per_token(c) for c in contexts))
+    ends = [*range(rows_per_step, test.prompt, rows_per_step), test.prompt]
+    head = 2 * spec.vocab_size * spec.dim  # computed for the last token alone
+    flops = sum(spec.flops_per_token(c) for c in range(1, test.prompt + 1)) - (test.prompt - 1) * head
+    return Cost(len(ends) * weight_bytes + sum(kv_bytes(end) for end in ends), flops)
+
+
+def run_tests(
+    llm: LLM, tests: Sequence[Test], weight_bytes: int, reps: int, advance: Callable[[int, int], None]
+) -> list[Run]:
+    """Each test once to warm up, then `reps` times. Prompts are random token ids, new ones every time."""
+    rng = random.Random(0)
+    runs: list[Run] = []
+    for index, test in enumerate(tests):
+        cost = cost_of(test, llm.spec, weight_bytes, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
+        for rep in range(-1, reps):
+            seconds = _time(llm, test, rng)
+            if rep >= 0:
+                ceiling = read_bandwidth(weight_bytes, llm.config.threads)
+                runs.append(Run(test, seconds, cost, ceiling, matmul_rate()))
+            advance(index * (reps + 1) + rep + 2, len(tests) * (reps + 1))
+    return runs
+
+
+def _time(llm: LLM, test: Test, rng: random.Random) -> float:
+    """Seconds that count: to the first token, or for `new` tokens after it (a run of new + 1 tokens less one of 1)."""
+    first = _generate(llm, test, 1, rng)
+    if not test.new:
+        return first
+    seconds = _generate(llm, test, test.new + 1, rng) - first
+    if seconds <= 0:
+        raise RequestError(
+            f"{test.name} took less time than its prefill alone: the machine is too noisy to measure now"
+        )
+    return seconds
+
+
+def _generate(llm: LLM, test: Test, new: int, rng: random.Random) -> float:
+    prompts = [[rng.randrange(llm.spec.vocab_size) for _ in range(test.prompt)] for _ in range(test.batch)]
+    started = time.perf_counter()
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True))
+    seconds = time.perf_counter() - started
+    for output in outputs:
+        _check(test, output, new)
+    return seconds
+
+
+def _check(test: Test, output: Output, new: int) -> None:
+    """What was timed must be what the test's name says."""
+    if output.timings.preemptions:
+        raise CapacityError(f"{test.name} does not fit in KV memory: sequences were preempted; raise --kv-memory")
+    if len(output.token_ids) != new:
+        raise RequestError(f"{test.name}: {len(output.token_ids)} tokens came back where {new} were asked for")
+
+
+def print_table(runs: Sequence[Run]) -> None:
+    """Median rate of each test, with the rates of reading and computing beside their ceilings (medians too)."""
+    from statistics import median
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("test")
+    for name in ("tok/s", "min", "max", "GB/s", "read ceiling", "of it", "GOP/s", "f32 matmul"):
+        table.add_column(name, justify="right")
+    for name in dict.fromkeys(run.test.name for run in runs):
+        own = [run for run in runs if run.test.name == name]
+        rates = [run.rate for run in own]
+        share = median(run.read_rate / run.read_ceiling for run in own)
+        table.add_row(
+            name,
+            *(f"{value:,.1f}" for value in (median(rates), min(rates), max(rates))),
+            f"{median(run.read_rate for run in own):,.1f}",
+            f"{median(run.read_ceiling for run in own):,.1f}",
+            f"{share:.0%}",
+            f"{median(run.compute_rate for run in own):,.0f}",
+            f"{median(run.matmul_ceiling for run in own):,.0f}",
+        )
+    Console().print(table)
