@@ -12,7 +12,7 @@ from .engine import Engine
 from .errors import CapacityError, ConfigError
 from .formats.gguf import GGUFFile, open_gguf
 from .formats.hub import resolve
-from .formats.safetensors import SafetensorsFile, open_safetensors
+from .formats.safetensors import Checkpoint, open_checkpoint
 from .kernels import choose_ops
 from .memory.kv import kv_format
 from .model.decoder import Decoder
@@ -37,7 +37,7 @@ class Model:
 
     name: str
     path: FilePath
-    file: GGUFFile | SafetensorsFile
+    file: GGUFFile | Checkpoint
     spec: ModelSpec
 
     def tokenizer(self) -> Tokenizer:
@@ -49,7 +49,7 @@ class Model:
 def open_model(name: str) -> Model:
     """Find a model (pulling it where needed), map its file and read its spec. Raises the errors of `formats` and `model.spec`."""
     path = resolve(name)
-    file = open_gguf(path) if path.is_file() and path.suffix == ".gguf" else open_safetensors(path)
+    file = open_checkpoint(path) if path.is_dir() else open_gguf(path)
     return Model(name, path, file, read_spec(file))
 
 
@@ -61,11 +61,11 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     layers = range(spec.layers)
     decoder = Decoder(spec, load_weights(model.file, spec, ops, layers), layers)
     caches = [
-        ops.kv_cache(len(group), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype)
-        for _, group in spec.kv_groups
+        ops.kv_cache(len(group.layers), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype)
+        for group in spec.kv_groups
     ]
     residents = Residents(resolved.max_sequences, resolved.max_context, resolved.page_size, len(caches))
-    path = Path([Pages(resolved.pages, resolved.page_size, window) for window, _ in spec.kv_groups])
+    path = Path([Pages(resolved.pages, resolved.page_size, group.window) for group in spec.kv_groups])
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_tokens=resolved.max_batch_tokens,
@@ -85,20 +85,20 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
     """Replace every "auto". CapacityError where not even one short sequence fits."""
     spec = model.spec
     kv_dtype = ops.default_kv_dtype if settings.kv_dtype == "auto" else settings.kv_dtype
-    per_token = sum(kv_format(kv_dtype).token_bytes(len(group), spec.kv_heads, spec.head_dim) for _, group in spec.kv_groups)
+    per_token = kv_format(kv_dtype).token_bytes(spec.layers, spec.kv_heads, spec.head_dim)
     page_bytes = per_token * settings.page_size
-    context = spec.context_length if settings.max_context == "auto" else settings.max_context
+    context = settings.max_context or spec.context_length
     if context > spec.context_length:
         raise ConfigError(f"max_context {context} is more than the model's context of {spec.context_length}; lower it")
     memory = settings.kv_memory
-    if memory == "auto":
+    if memory is None:
         memory = min(AUTO_KV_MEMORY, int(AUTO_KV_SHARE * available_memory()))
         memory = min(memory, settings.max_sequences * -(-context // settings.page_size) * page_bytes + page_bytes)
     pages = memory // page_bytes
     if pages < 2:
         raise CapacityError(f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; raise it, or lower page_size")
     fitting = (pages - 1) * settings.page_size + 1
-    if context > fitting and settings.max_context != "auto":
+    if context > fitting and settings.max_context is not None:
         raise CapacityError(
             f"a context of {context} tokens needs {-(-context // settings.page_size) * page_bytes + page_bytes} bytes of KV memory, "
             f"there are {memory}; raise kv_memory or lower max_context"
@@ -135,4 +135,4 @@ def available_memory() -> int:
 
 
 def _threads(settings: Settings) -> int:
-    return len(os.sched_getaffinity(0)) if settings.threads == "auto" else settings.threads
+    return settings.threads or len(os.sched_getaffinity(0))

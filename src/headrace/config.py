@@ -1,4 +1,4 @@
-"""Settings: frozen, checked once. Every "auto" is resolved at the door (`assemble.py`), where model and machine are known."""
+"""Settings: frozen, checked once. What is left open is resolved at the door (`assemble.py`), where model and machine are known."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import msgspec
 
 from .errors import ConfigError
 
-Auto = Literal["auto"]
 Policy = Literal["fcfs", "longest-prefix", "static"]
 POLICIES = ("fcfs", "longest-prefix", "static")
 KERNELS = ("auto", "native", "reference")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a user may ask of an engine; `kv_memory` is in bytes, the rest in tokens, sequences, threads or steps.
+    """What a user may ask of an engine; `kv_memory` is in bytes, the rest in tokens, sequences, threads or steps. None and "auto"
+    leave the choice to Headrace.
 
     `policy`: "fcfs" admits by priority, then arrival; "longest-prefix" prefers, within a short look-ahead, the prompt with the
     most cached tokens; "static" admits a batch only when the last one has finished (for comparison).
     """
 
     kernels: str = "auto"
-    threads: int | Auto = "auto"
-    max_context: int | Auto = "auto"
-    kv_memory: int | Auto = "auto"
+    threads: int | None = None
+    max_context: int | None = None
+    kv_memory: int | None = None
     kv_dtype: str = "auto"
     page_size: int = 32
     max_batch_tokens: int = 512
@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ("steps_in_flight", 64),
         ):
             value = getattr(self, name)
-            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high):
                 raise ConfigError(f"{name} must be a whole number from 1 to {high}, got {value!r}")
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")

@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints: safetensors files, single or in shards, as named tensors, and the JSON files beside them.
+"""Hugging Face checkpoints: safetensors files, single or in shards, as named tensors, and the JSON beside them.
 
-    header length (8 bytes) | header: JSON {name: {dtype, shape, data_offsets}, "__metadata__": {...}} | data, without gaps
+    header length (8 bytes) | JSON: {name: {dtype, shape, data_offsets}, "__metadata__": {...}} | data, without gaps
 
 Checkpoints that are pickles (.bin, .pt, .pth) can run any code when they are read, so they are refused.
 """
@@ -25,8 +25,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 PICKLE_REFUSAL = (
-    "is a pickle, which can run any code when it is read; convert it once, where you trust it: load it with transformers and call "
-    "save_pretrained(folder, safe_serialization=True)"
+    "is a pickle, which can run any code when it is read; convert it once, where you trust it: load it with "
+    "transformers and call save_pretrained(folder, safe_serialization=True)"
 )
 
 _DTYPES = {"F32": F32, "F16": F16, "BF16": BF16}
@@ -60,10 +60,28 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
     if len(files) == 1:
         return _open_file(_inside(path, files[0].name))
     if files:
-        raise ModelNotFoundError(f"{path}: has {len(files)} .safetensors files but no {INDEX_NAME} that says what is where")
+        raise ModelNotFoundError(
+            f"{path}: has {len(files)} .safetensors files but no {INDEX_NAME} that says what is where"
+        )
     if pickles := sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES):
         raise UnsupportedModelError(f"{path / pickles[0]}: {PICKLE_REFUSAL}")
     raise ModelNotFoundError(f"{path}: has no .safetensors file")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An open Hugging Face folder: config.json and the tensors."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read config.json and map the tensors of a Hugging Face folder. Raises what `read_config` and `open_safetensors` raise."""
+    folder = Path(folder)
+    config = read_config(folder)
+    return Checkpoint(folder, config, open_safetensors(folder).tensors)
 
 
 def read_json(path: str | Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -79,7 +97,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a Hugging Face folder. Code that it names (`auto_map`) is never run; a warning says so."""
     config = read_json(Path(folder) / "config.json")
     if config.pop("auto_map", None) is not None:
-        warnings.warn(f"{folder}: config.json names code of its own (auto_map), which Headrace never runs", stacklevel=2)
+        warnings.warn(
+            f"{folder}: config.json names code of its own (auto_map), which Headrace never runs", stacklevel=2
+        )
     return config
 
 
@@ -108,7 +128,11 @@ def _open_file(path: Path) -> SafetensorsFile:
         raise ModelFileError(path, "header length", f"takes 8 bytes, and the file has {len(file)}")
     length = int(file[:8].view("<u8")[0])
     if length > MAX_HEADER_BYTES or length > len(file) - 8:
-        raise ModelFileError(path, "header length", f"{length} is more than {min(MAX_HEADER_BYTES, len(file) - 8)}, what is there or may be")
+        raise ModelFileError(
+            path,
+            "header length",
+            f"{length} is more than {min(MAX_HEADER_BYTES, len(file) - 8)}, what is there or may be",
+        )
     header = _parse_object(path, "header", file[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -119,10 +143,16 @@ def _open_file(path: Path) -> SafetensorsFile:
     for name in sorted(entries, key=entries.__getitem__):
         begin, stop = entries[name]
         if begin != end:
-            raise ModelFileError(path, f"tensor {name}: data_offsets", f"begins at {begin}, where the tensor before it ends at {end}")
+            raise ModelFileError(
+                path, f"tensor {name}: data_offsets", f"begins at {begin}, where the tensor before it ends at {end}"
+            )
         tensors[name] = _tensor(path, file, name, header[name], 8 + length + begin)
         if tensors[name].nbytes != stop - begin:
-            raise ModelFileError(path, f"tensor {name}: data_offsets", f"span {stop - begin} bytes, its shape and dtype {tensors[name].nbytes}")
+            raise ModelFileError(
+                path,
+                f"tensor {name}: data_offsets",
+                f"span {stop - begin} bytes, its shape and dtype {tensors[name].nbytes}",
+            )
         end = stop
     if 8 + length + end != len(file):
         raise ModelFileError(path, "file", f"has {len(file)} bytes, but header and tensors take {8 + length + end}")
@@ -134,7 +164,9 @@ def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
         raise ModelFileError(path, f"tensor {name}", "must be an object with dtype, shape and data_offsets")
     offsets = entry["data_offsets"]
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelFileError(path, f"tensor {name}: data_offsets", f"must be [begin, end] with begin <= end, got {offsets!r:.80}")
+        raise ModelFileError(
+            path, f"tensor {name}: data_offsets", f"must be [begin, end] with begin <= end, got {offsets!r:.80}"
+        )
     return offsets[0], offsets[1]
 
 
@@ -147,7 +179,9 @@ def _tensor(path: Path, file: np.ndarray, name: str, entry: dict[str, Any], star
     if not isinstance(dtype, str):
         raise ModelFileError(path, f"tensor {name}: dtype", f"must be a string, got {dtype!r:.80}")
     if dtype not in _DTYPES:
-        raise UnsupportedModelError(f"{path}: tensor {name}: dtype {dtype:.80} is not supported; use one of {', '.join(_DTYPES)}")
+        raise UnsupportedModelError(
+            f"{path}: tensor {name}: dtype {dtype:.80} is not supported; use one of {', '.join(_DTYPES)}"
+        )
     if not _are_counts(shape) or len(shape) > MAX_DIMS:
         raise ModelFileError(path, f"tensor {name}: shape", f"must be at most {MAX_DIMS} sizes, got {shape!r:.80}")
     return make_tensor(path, file, name, tuple(shape), _DTYPES[dtype], start)
@@ -161,13 +195,17 @@ def _open_shards(folder: Path) -> SafetensorsFile:
     shards: dict[str, SafetensorsFile] = {}
     for name in sorted(set(weight_map.values())):
         if not (shard := _inside(folder, name)).exists():
-            raise ModelFileError(index_path, "weight_map", f"names the shard {name}, which is not in {folder}; pull the model again")
+            raise ModelFileError(
+                index_path, "weight_map", f"names the shard {name}, which is not in {folder}; pull the model again"
+            )
         shards[name] = _open_file(shard)
     for tensor, name in weight_map.items():
         if tensor not in shards[name].tensors:
             raise ModelFileError(index_path, f"weight_map: {tensor}", f"is not in {name}, where the index puts it")
     tensors = {tensor: shards[name].tensors[tensor] for tensor, name in weight_map.items()}
-    return SafetensorsFile(folder, {key: text for shard in shards.values() for key, text in shard.metadata.items()}, tensors)
+    return SafetensorsFile(
+        folder, {key: text for shard in shards.values() for key, text in shard.metadata.items()}, tensors
+    )
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -175,7 +213,9 @@ def _inside(folder: Path, name: str) -> Path:
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not name or Path(name).name != name or "\0" in name or not name.endswith((".safetensors", ".json")):
-        raise ModelFileError(folder, f"file name {name!r:.200}", "must be the plain name of a .safetensors file in the model's folder")
+        raise ModelFileError(
+            folder, f"file name {name!r:.200}", "must be the plain name of a .safetensors file in the model's folder"
+        )
     target = (root / name).resolve()
     if target.parent not in (root, blobs):
         raise ModelFileError(folder / name, "file", f"leads out of its folder, to {target}")

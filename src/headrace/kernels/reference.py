@@ -50,11 +50,17 @@ class KVCache:
 
 
 class ReferenceOps:
-    """The reference op set: `Ops` on numpy arrays. BLAS brings its own threads (OPENBLAS_NUM_THREADS sets how many)."""
+    """The reference op set: `Ops` on numpy arrays. `threads` is how many BLAS may use (process-wide); 0 leaves that as it is."""
 
     name = "reference"
+    default_kv_dtype = "float32"
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 0) -> None:
+        self.threads = threads
+        if threads:
+            import threadpoolctl
+
+            self._blas = threadpoolctl.threadpool_limits(threads, user_api="blas")
         self._lanes: dict[tuple[int, int], int] = {}  # by weight shape: the verdict of `_columns_agree`
 
     def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> DenseMatrix:
