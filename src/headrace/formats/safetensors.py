@@ -34,7 +34,7 @@ _DTYPES = {"F32": F32, "F16": F16, "BF16": BF16}
 
 @dataclass(frozen=True, eq=False)
 class SafetensorsFile:
-    """An open checkpoint. `path` is the file or folder that was asked for; `metadata` is the writer's own notes."""
+    """An open checkpoint. `path` is the file, or the folder of shards; `metadata` is the writer's own notes."""
 
     path: Path
     metadata: dict[str, str]
@@ -78,7 +78,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read config.json and map the tensors of a Hugging Face folder. Raises what `read_config` and `open_safetensors` raise."""
+    """Read config.json and map the tensors of a Hugging Face folder. Raises as `read_config` and `open_safetensors`."""
     folder = Path(folder)
     config = read_config(folder)
     return Checkpoint(folder, config, open_safetensors(folder).tensors)
@@ -209,7 +209,7 @@ def _open_shards(folder: Path) -> SafetensorsFile:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder. What leads out of the folder is refused, but for the blobs of a Hugging Face cache."""
+    """The file `name` of a folder. What leads out of it is refused, but for the blobs of a Hugging Face cache."""
     root = folder.resolve()
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not name or Path(name).name != name or "\0" in name or not name.endswith((".safetensors", ".json")):

@@ -1,7 +1,7 @@
 """A named tensor of a model file: its raw bytes, mapped and not copied, and the table of the types they can have.
 
-A type is a row of the table: so many elements in a block of so many bytes, and how a block becomes float32. The layouts of
-the quantised types are ggml's; the `gguf` package decodes them.
+A type is a row of the table: so many elements in a block of so many bytes, and how a block becomes float32. The
+layouts of the quantised types are ggml's; the `gguf` package decodes them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class TensorType:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor of a model file. `shape` is row-major, [out, in] for a weight; `data` is uint8 [nbytes], as stored, read-only."""
+    """A tensor of a model file. `shape` is row-major, [out, in] for a weight; `data` is its bytes as stored: read-only
+    uint8 [nbytes]."""
 
     name: str
     shape: tuple[int, ...]
@@ -144,12 +145,18 @@ def map_file(path: Path) -> np.ndarray:
         os.close(descriptor)
 
 
-def make_tensor(path: Path, file: np.ndarray, name: str, shape: tuple[int, ...], type: TensorType, start: int) -> Tensor:
+def make_tensor(
+    path: Path, file: np.ndarray, name: str, shape: tuple[int, ...], type: TensorType, start: int
+) -> Tensor:
     """The tensor whose bytes begin at `start` of a mapped file. Raises ModelFileError where it reaches past the end."""
     elements = math.prod(shape)
     if shape[-1:] and shape[-1] % type.block:
-        raise ModelFileError(path, f"tensor {name}", f"rows of {shape[-1]} elements are not whole blocks of {type.block} ({type.name})")
+        raise ModelFileError(
+            path, f"tensor {name}", f"rows of {shape[-1]} elements are not whole blocks of {type.block} ({type.name})"
+        )
     nbytes = type.row_bytes(elements)
     if start + nbytes > len(file):
-        raise ModelFileError(path, f"tensor {name}", f"ends at byte {start + nbytes}, past the file's end at {len(file)}")
+        raise ModelFileError(
+            path, f"tensor {name}", f"ends at byte {start + nbytes}, past the file's end at {len(file)}"
+        )
     return Tensor(name, shape, type, file[start : start + nbytes], path)

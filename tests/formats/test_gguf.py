@@ -1,0 +1,290 @@
+"""GGUF headers: what a good one says, and that a bad one ends in one typed error, soon, and without large allocations."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from headrace.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from headrace.formats.gguf import MIN_METADATA_ENTRY, MIN_TENSOR_ENTRY, GGUFFile, open_gguf
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
+
+
+def text(value: str | bytes) -> bytes:
+    data = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
+def entry(key: str | bytes, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def array(kind: int, count: int, values: bytes) -> bytes:
+    return struct.pack("<IQ", kind, count) + values
+
+
+def tensor(name: str | bytes, dims: tuple[int, ...] = (4, 2), type: int = 0, offset: int = 0, number: int | None = None) -> bytes:
+    sizes = struct.pack(f"<{len(dims)}Q", *dims)
+    return text(name) + struct.pack("<I", len(dims) if number is None else number) + sizes + struct.pack("<IQ", type, offset)
+
+
+def build(
+    *,
+    metadata: tuple[bytes, ...] = (),
+    tensors: tuple[bytes, ...] = (tensor("w"),),
+    data: int = 64,
+    version: int = 3,
+    magic: bytes = b"GGUF",
+    counts: tuple[int, int] | None = None,
+    alignment: int = 32,
+) -> bytes:
+    tensor_count, metadata_count = counts or (len(tensors), len(metadata))
+    header = magic + struct.pack("<IQQ", version, tensor_count, metadata_count) + b"".join(metadata) + b"".join(tensors)
+    return header + bytes(-len(header) % alignment) + bytes(range(256))[:data] * (data > 0)
+
+
+def opened(tmp_path: Path, data: bytes) -> GGUFFile:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    return open_gguf(path)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_good_file(tmp_path: Path, version: int):
+    metadata = (
+        entry("i8", I8, b"\xff"),
+        entry("u16", U16, struct.pack("<H", 65535)),
+        entry("f", F32, struct.pack("<f", 0.5)),
+        entry("f64", F64, struct.pack("<d", 1e300)),
+        entry("yes", BOOL, b"\1"),
+        entry("u64", U64, struct.pack("<Q", 2**64 - 1)),
+        entry("name", STRING, text("Größe 🙂")),
+        entry("empty", STRING, text("")),
+        entry("strings", ARRAY, array(STRING, 3, text("a") + text("") + text("ç"))),
+        entry("numbers", ARRAY, array(I32, 2, struct.pack("<2i", -1, 7))),
+        entry("flags", ARRAY, array(BOOL, 2, b"\0\1")),
+        entry("none", ARRAY, array(F32, 0, b"")),
+        entry("general.alignment", U32, struct.pack("<I", 64)),
+    )
+    tensors = (tensor("a", (4, 2)), tensor("b", (3,), offset=64))
+    file = opened(tmp_path, build(metadata=metadata, tensors=tensors, data=128, version=version, alignment=64))
+    assert file.metadata == {
+        "i8": -1,
+        "u16": 65535,
+        "f": 0.5,
+        "f64": 1e300,
+        "yes": True,
+        "u64": 2**64 - 1,
+        "name": "Größe 🙂",
+        "empty": "",
+        "strings": ["a", "", "ç"],
+        "numbers": [-1, 7],
+        "flags": [False, True],
+        "none": [],
+        "general.alignment": 64,
+    }
+    assert type(file.metadata["yes"]) is bool and type(file.metadata["i8"]) is int
+    assert {name: tensor.shape for name, tensor in file.tensors.items()} == {"a": (2, 4), "b": (3,)}
+    assert file.tensors["b"].data.tobytes() == bytes(range(64, 76))
+
+
+def test_what_the_package_writes(tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "Ġt", "é"])
+    weight = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    quantised = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q4_1)
+    writer.add_tensor("w", weight)
+    writer.add_tensor("q", quantised, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_gguf(tmp_path / "w.gguf")
+    assert file.metadata["general.architecture"] == "llama"
+    assert file.metadata["tokenizer.ggml.tokens"] == ["<s>", "Ġt", "é"]
+    assert np.array_equal(file.tensors["w"].decode(), weight)
+    assert file.tensors["q"].data.tobytes() == quantised.tobytes()
+
+
+def test_metadata_of_a_real_file_is_what_the_package_reads(smollm2: Path):
+    ours, theirs = open_gguf(smollm2).metadata, gguf.GGUFReader(smollm2).fields
+    expected = {key: field.contents() for key, field in theirs.items() if not key.startswith("GGUF.")}
+    assert ours == expected
+
+
+STRINGS = entry("k", ARRAY, array(STRING, 2, text("ab") + text("cd")))
+MALFORMED = {
+    "magic": (build(magic=b"GGML"), "magic", ["b'GGML'"]),
+    "zip": (b"PK\3\4" + bytes(100), "magic", ["PK"]),
+    "shorter than the magic": (b"GG", "magic", ["b'GG'"]),
+    "magic alone": (b"GGUF", "version", ["4 bytes", "ends at 4"]),
+    "version 1": (build(version=1), "version", ["1", "2 and 3"]),
+    "version 4": (build(version=4), "version", ["4"]),
+    "big endian": (build(version=3 << 24), "version", ["big-endian"]),
+    "tensor count": (build(counts=(2**63, 0)), "tensor count", [str(2**63)]),
+    "tensor count, just too many": (build(counts=(4, 0), data=0), "tensor count", ["4 entries", str(4 * MIN_TENSOR_ENTRY)]),
+    "metadata count": (build(counts=(1, 2**64 - 1)), "metadata count", [str(2**64 - 1), str(MIN_METADATA_ENTRY * (2**64 - 1))]),
+    "fewer tensors than counted": (build(counts=(2, 0), data=64), "name of tensor 1", ["got 0"]),
+    "key past the end": (build(metadata=(struct.pack("<Q", 2**64 - 1) + bytes(30),)), "key of metadata entry 0", [str(2**64 - 1)]),
+    "empty key": (build(metadata=(entry("", U8, b"\0"),)), "key", ["got 0"]),
+    "long key": (build(metadata=(entry("k" * 65536, U8, b"\0"),)), "key", ["65536", "65535"]),
+    "key of bad UTF-8": (build(metadata=(entry(b"k\xff", U8, b"\0"),)), "key", ["UTF-8", "byte 33"]),
+    "key twice": (build(metadata=(entry("k", U8, b"\0"),) * 2), "k", ["twice", "1"]),
+    "value type": (build(metadata=(entry("k", 13, bytes(8)),)), "k: type", ["13", "12"]),
+    "array element type": (build(metadata=(entry("k", ARRAY, array(99, 1, bytes(8))),)), "k: type", ["99"]),
+    "array of arrays": (build(metadata=(entry("k", ARRAY, array(ARRAY, 1, array(U8, 1, b"\0"))),)), "k", ["array of arrays"]),
+    "array too long": (build(metadata=(entry("k", ARRAY, array(U8, 2**40, bytes(8))),)), "k: length", [str(2**40)]),
+    "numbers too long": (build(metadata=(entry("k", ARRAY, array(U64, 100, bytes(8))),)), "k", ["800"]),
+    "strings too many": (build(metadata=(entry("k", ARRAY, array(STRING, 2**61, b"")),)), "k: length", [str(2**61)]),
+    "string in array too long": (
+        build(metadata=(entry("k", ARRAY, array(STRING, 2, text("a") + struct.pack("<Q", 2**63))),)),
+        "k[1]",
+        [str(2**63)],
+    ),
+    "string in array of bad UTF-8": (build(metadata=(entry("k", ARRAY, array(STRING, 2, text("a") + text(b"\xc3"))),)), "k[1]", ["UTF-8"]),
+    "string of bad UTF-8": (build(metadata=(entry("k", STRING, text(b"\xed\xa0\x80")),)), "k", ["UTF-8"]),
+    "boolean": (build(metadata=(entry("k", BOOL, b"\2"),)), "k", ["0 or 1", "2"]),
+    "alignment 0": (build(metadata=(entry("general.alignment", U32, bytes(4)),)), "general.alignment", ["power of two", "0"]),
+    "alignment 48": (build(metadata=(entry("general.alignment", U32, struct.pack("<I", 48)),)), "general.alignment", ["48"]),
+    "alignment 2^31": (build(metadata=(entry("general.alignment", U32, struct.pack("<I", 1 << 31)),)), "general.alignment", [str(1 << 31)]),
+    "alignment a string": (build(metadata=(entry("general.alignment", STRING, text("32")),)), "general.alignment", ["'32'"]),
+    "tensor twice": (build(tensors=(tensor("w"), tensor("w", offset=32))), "tensor w", ["twice", "1"]),
+    "tensor without a name": (build(tensors=(tensor(""),)), "name of tensor 0", ["got 0"]),
+    "tensor name of bad UTF-8": (build(tensors=(tensor(b"\xfe"),)), "name of tensor 0", ["UTF-8"]),
+    "no dims": (build(tensors=(tensor("w", ()),)), "tensor w: number of dims", ["got 0"]),
+    "5 dims": (build(tensors=(tensor("w", (1,) * 5),)), "tensor w: number of dims", ["got 5", "4"]),
+    "2^32 - 1 dims": (build(tensors=(tensor("w", number=2**32 - 1),)), "tensor w: number of dims", [str(2**32 - 1)]),
+    "empty axis": (build(tensors=(tensor("w", (4, 0)),)), "tensor w: shape", ["(0, 4)"]),
+    "dims that overflow": (build(tensors=(tensor("w", (2**32, 2**32)),)), "tensor w", [str(4 * 2**64 + 96), "160"]),
+    "dims of 2^64 - 1": (build(tensors=(tensor("w", (2**64 - 1,) * 4),)), "tensor w", ["past"]),
+    "past the end by one float": (build(tensors=(tensor("w", (17,)),)), "tensor w", ["132", "128"]),
+    "offset past the end": (build(tensors=(tensor("w", offset=2**64 - 32),)), "tensor w", ["past"]),
+    "unaligned offset": (build(tensors=(tensor("w", offset=4),)), "tensor w: offset", ["4", "32"]),
+    "overlap": (build(tensors=(tensor("a", (16,)), tensor("b", offset=32))), "tensor b", ["32", "64"]),
+    "half a block": (build(tensors=(tensor("w", (16, 2), type=3),)), "tensor w", ["16", "32"]),
+    "unknown type": (build(tensors=(tensor("w", type=4_000_000),)), "tensor w: type", ["4000000"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed(tmp_path: Path, case: str):
+    data, field, said = MALFORMED[case]
+    with pytest.raises(ModelFileError) as caught:
+        opened(tmp_path, data)
+    assert caught.value.path == str(tmp_path / "m.gguf")
+    assert caught.value.field.startswith(field)
+    for words in said:
+        assert words in caught.value.problem
+
+
+def test_the_good_neighbours_of_malformed_files(tmp_path: Path):
+    """The table's files differ from good ones in one thing only: what builds them is not at fault."""
+    opened(tmp_path, build())
+    opened(tmp_path, build(metadata=(STRINGS, entry("k" * 65535, U8, b"\0"), entry("b", BOOL, b"\1"))))
+    opened(tmp_path, build(tensors=(tensor("w", (16,)),)))
+    opened(tmp_path, build(tensors=(tensor("a", (8,)), tensor("b", offset=32))))
+    opened(tmp_path, build(tensors=(tensor("w", (32, 2), type=3),)))
+    opened(tmp_path, build(tensors=(), data=0))
+
+
+def test_unsupported(tmp_path: Path):
+    with pytest.raises(UnsupportedModelError, match="tensor w: type IQ2_XXS is not supported; use one of F32"):
+        opened(tmp_path, build(tensors=(tensor("w", (256,), type=16),), data=66))
+    with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
+        opened(tmp_path, build(metadata=(entry("split.count", U16, struct.pack("<H", 3)),)))
+
+
+def test_absent(tmp_path: Path):
+    with pytest.raises(ModelNotFoundError):
+        open_gguf(tmp_path / "none.gguf")
+
+
+def good_header() -> bytes:
+    metadata = (
+        entry("general.architecture", STRING, text("llama")),
+        STRINGS,
+        entry("n", ARRAY, array(F32, 3, struct.pack("<3f", 1, 2, 3))),
+        entry("general.alignment", U32, struct.pack("<I", 32)),
+        entry("yes", BOOL, b"\1"),
+    )
+    tensors = (tensor("a", (8, 2)), tensor("q", (32, 2), type=3, offset=64), tensor("h", (4, 4), type=1, offset=128))
+    return build(metadata=metadata, tensors=tensors, data=160)
+
+
+GOOD = good_header()
+INTEGERS = st.one_of(st.integers(0, 40), st.integers(0, 2**64 - 1), st.sampled_from([2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63]))
+CHANGES = st.lists(
+    st.one_of(
+        st.tuples(st.just("bytes"), st.integers(0, len(GOOD) - 1), st.binary(min_size=1, max_size=8)),
+        st.tuples(st.just("u64"), st.integers(0, len(GOOD) - 8), INTEGERS),
+        st.tuples(st.just("cut"), st.integers(0, len(GOOD)), st.just(0)),
+        st.tuples(st.just("insert"), st.integers(0, len(GOOD)), st.binary(max_size=40)),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=500, deadline=2000)
+@example([("cut", 0, 0)])
+@given(CHANGES)
+def test_mutations_end_in_a_file_or_a_typed_error(tmp_path_factory, changes):
+    data = bytearray(GOOD)
+    for kind, at, value in changes:
+        if kind == "bytes":
+            data[at : at + len(value)] = value
+        elif kind == "u64":
+            data[at : at + 8] = struct.pack("<Q", value)
+        elif kind == "cut":
+            del data[at:]
+        else:
+            data[at:at] = value
+    try:
+        file = opened(tmp_path_factory.getbasetemp(), bytes(data))
+    except (ModelFileError, UnsupportedModelError):
+        return
+    for tensor in file.tensors.values():  # what is accepted can be used
+        assert tensor.decode().shape == tensor.shape
+
+
+def test_every_truncation_of_a_header(tmp_path: Path):
+    for length in range(len(GOOD)):
+        with pytest.raises(ModelFileError):
+            opened(tmp_path, GOOD[:length])
+
+
+def test_a_real_header_cut_and_bitten(tmp_path: Path, smollm2: Path):
+    real = smollm2.read_bytes()[:2_000_000]
+    path = tmp_path / "m.gguf"
+    random = np.random.default_rng(0)
+    start = time.monotonic()
+    for place in itertools.chain(range(4, 24), random.integers(24, 2000, 20), random.integers(24, len(real), 10)):
+        bitten = bytearray(real)
+        bitten[place] ^= 0xFF
+        path.write_bytes(bitten)
+        with pytest.raises((ModelFileError, UnsupportedModelError)):  # at the least, the data is missing
+            open_gguf(path)
+    assert time.monotonic() - start < 20
+
+
+def test_claims_of_size_allocate_nothing(tmp_path: Path):
+    cases = [case for case in MALFORMED if "count" in case or "too" in case or "past" in case or "dims" in case]
+    assert len(cases) > 10
+    for case in cases:
+        (tmp_path / "m.gguf").write_bytes(MALFORMED[case][0])
+        tracemalloc.start()
+        with pytest.raises(ModelFileError):
+            open_gguf(tmp_path / "m.gguf")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2_000_000, case
