@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import HeadraceError
-    from .llm import LLM, AsyncLLM, Output
+    from .async_llm import AsyncLLM
+    from .completion import Output
+    from .llm import LLM
     from .types import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "llm",
-    "AsyncLLM": "llm",
-    "Output": "llm",
+    "AsyncLLM": "async_llm",
+    "Output": "completion",
     "SamplingParams": "types",
     "HeadraceError": "errors",
 }
