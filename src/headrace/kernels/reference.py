@@ -4,29 +4,36 @@ A row's result is the same to the bit whatever else is in the batch. BLAS does n
 change with the number of rows and with a row's place among them. So a product here is weight [out, in] times LANES columns
 of activations, always exactly that many, padded with zeros. BLAS kernels hold such columns in the lanes of vector
 registers, each of which does what its neighbours do; every weight shape is checked for it once, and a shape that fails
-takes one column at a time instead.
+takes one column at a time instead. Threads share out whole blocks of outputs, so their number changes nothing either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from ..errors import ConfigError
 from .ops import Batch, KVGroupBatch, RopeTable
 
 LANES = 16  # columns in every product: one AVX-512 register of float32, two of AVX2
+OUTPUTS = 384  # outputs in a product, at most: its block of weights should stay in the second-level cache
 BLOCK = 64  # keys that attention takes at once, from positions that are multiples of it
 SCORES = 1 << 18  # float32 scores that attention holds at once: they should stay in the second-level cache
+WAKE = 8_000_000  # multiply-adds that take longer than to wake another thread
 
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """float32 [out, in], and how many columns a product with it takes at once."""
+    """float32 [out, in]; products take its rows between successive `cuts`, and `lanes` columns, at once."""
 
     rows: np.ndarray
+    cuts: tuple[int, ...]
     lanes: int
 
 
@@ -50,24 +57,30 @@ class KVCache:
 
 
 class ReferenceOps:
-    """The reference op set: `Ops` on numpy arrays. `threads` is how many BLAS may use (process-wide); 0 leaves that as it is."""
+    """The reference op set: `Ops` on numpy arrays, over `threads` threads of its own.
+
+    BLAS is told to use one thread in this process: its own threads spin, which costs milliseconds a product wherever
+    other work wants a core.
+    """
 
     name = "reference"
     default_kv_dtype = "float32"
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        ThreadpoolController().limit(limits=1, user_api="blas")
         self.threads = threads
-        if threads:
-            import threadpoolctl
-
-            self._blas = threadpoolctl.threadpool_limits(threads, user_api="blas")
+        self._pool = ThreadPoolExecutor(max(1, threads - 1), "reference")
         self._lanes: dict[tuple[int, int], int] = {}  # by weight shape: the verdict of `_columns_agree`
 
     def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> DenseMatrix:
         rows = np.ascontiguousarray(tensor.decode(), dtype=np.float32)
         if row_order is not None:
             rows = rows[row_order]
-        return DenseMatrix(rows, self._lanes_for(*rows.shape))
+        outputs, inputs = rows.shape
+        blocks = -(-outputs // OUTPUTS)
+        cuts = tuple(outputs * block // blocks for block in range(blocks + 1))
+        lanes = min(self._lanes_for(size, inputs) for size in {end - start for start, end in pairwise(cuts)})
+        return DenseMatrix(rows, cuts, lanes)
 
     def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> np.ndarray:
         values = np.ascontiguousarray(tensor.decode(), dtype=np.float32)
@@ -113,12 +126,29 @@ class ReferenceOps:
 
     def linear(self, x: np.ndarray, weight: DenseMatrix, bias: np.ndarray | None = None) -> np.ndarray:
         y = np.empty((len(x), len(weight.rows)), np.float32)
-        for start in range(0, len(x), weight.lanes):
-            rows = x[start : start + weight.lanes]
-            columns = np.zeros((weight.lanes, x.shape[1]), np.float32)
-            columns[: len(rows)] = rows
-            y[start : start + len(rows)] = (weight.rows @ columns.T).T[: len(rows)]
+        tiles = _pad(x, weight.lanes).reshape(-1, weight.lanes, x.shape[1])
+
+        def product(block: int) -> None:
+            outputs = slice(weight.cuts[block], weight.cuts[block + 1])
+            for tile, columns in enumerate(tiles):
+                part = y[tile * weight.lanes : (tile + 1) * weight.lanes, outputs]
+                part[:] = (weight.rows[outputs] @ columns.T).T[: len(part)]
+
+        self._run(product, len(weight.cuts) - 1, weight.rows.size * tiles.shape[0] * weight.lanes)
         return y if bias is None else y + bias
+
+    def _run(self, job: Callable[[int], None], count: int, cost: int) -> None:
+        """job(0) to job(count - 1), over the threads if `cost` multiply-adds repay waking them."""
+        threads = min(self.threads, count) if cost >= WAKE else 1
+
+        def share(first: int) -> None:
+            for index in range(first, count, threads):
+                job(index)
+
+        others = [self._pool.submit(share, first) for first in range(1, threads)]
+        share(0)
+        for other in others:
+            other.result()
 
     def rope(self, x: np.ndarray, positions: np.ndarray, table: RopeTable, heads: int) -> np.ndarray:
         angles = positions[:, None, None].astype(np.float32) * table.inv_freq
@@ -169,22 +199,19 @@ class ReferenceOps:
         grouped = heads // kv_heads
         first_block, keys, values = _gather(cache, positions, pages, window)
         lanes = cache.lanes
-        tiles = -(-len(q) * grouped // lanes)
-
-        columns = np.zeros((kv_heads, tiles * lanes, head_dim), np.float32)
-        columns[:, : len(q) * grouped] = (
-            q.reshape(len(q), kv_heads, grouped, head_dim).swapaxes(0, 1).reshape(kv_heads, -1, head_dim)
-        )
-        columns = columns.reshape(kv_heads, tiles, 1, lanes, head_dim).swapaxes(-1, -2)
-        # Padding lanes hold zeros and take the last position, so that they too see a key.
-        lane_positions = np.full(tiles * lanes, positions[-1], positions.dtype)
+        # [rows, kv_heads, grouped, head_dim] -> [rows * grouped, kv_heads, head_dim], whole tiles -> [kv_heads, tiles, 1, head_dim, lanes]
+        by_lane = _pad(q.reshape(len(q), kv_heads, grouped, head_dim).swapaxes(1, 2).reshape(-1, kv_heads, head_dim), lanes)
+        columns = by_lane.reshape(-1, 1, lanes, kv_heads, head_dim).transpose(3, 0, 1, 4, 2)
+        # Padding lanes take the last position, so that they too see a key.
+        lane_positions = np.full(len(by_lane), positions[-1], positions.dtype)
         lane_positions[: len(q) * grouped] = np.repeat(positions, grouped)
-        lane_positions = lane_positions.reshape(tiles, 1, 1, lanes)
-
+        lane_positions = lane_positions.reshape(-1, 1, 1, lanes)
+        tiles = len(lane_positions)
         out = np.empty((kv_heads, tiles, head_dim, lanes), np.float32)
         bunch = max(1, SCORES // (kv_heads * keys.shape[1] * BLOCK * lanes))
-        for start in range(0, tiles, bunch):
-            part = slice(start, start + bunch)
+
+        def mix(index: int) -> None:
+            part = slice(index * bunch, (index + 1) * bunch)
             blocks = _blocks_seen(lane_positions[part], window, first_block)
             out[:, part] = _softmax_attention(
                 columns[:, part],
@@ -195,8 +222,10 @@ class ReferenceOps:
                 window,
                 softcap,
             )
-        rows = out.swapaxes(-1, -2).reshape(kv_heads, -1, head_dim)[:, : len(q) * grouped]
-        return rows.reshape(kv_heads, len(q), grouped, head_dim).swapaxes(0, 1).reshape(len(q), -1)
+
+        self._run(mix, -(-tiles // bunch), 2 * keys.size * tiles * lanes)
+        rows = out.transpose(1, 3, 0, 2).reshape(-1, kv_heads, head_dim)[: len(q) * grouped]
+        return rows.reshape(len(q), grouped, kv_heads, head_dim).swapaxes(1, 2).reshape(len(q), -1)
 
     def silu_mul(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):  # exp(-gate) may be inf, and then silu is 0
@@ -222,6 +251,13 @@ def _columns_agree(weight: np.ndarray) -> bool:
         and np.array_equal((weight @ alone.T)[:, 0], full[:, 0])
         and (same == full[:, :1]).all()
     )
+
+
+def _pad(x: np.ndarray, lanes: int) -> np.ndarray:
+    """x with rows of zeros after it, to a multiple of `lanes` rows."""
+    padded = np.zeros((-(-len(x) // lanes) * lanes, *x.shape[1:]), np.float32)
+    padded[: len(x)] = x
+    return padded
 
 
 def _blocks_seen(positions: np.ndarray, window: int | None, first_block: int) -> slice:
