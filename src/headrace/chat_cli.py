@@ -18,7 +18,7 @@ from .types import SamplingParams
 if TYPE_CHECKING:
     from .llm import LLM
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 HISTORY_LINES = 1000
 # What would move the cursor or change the terminal is shown as nothing; tab and newline stay.

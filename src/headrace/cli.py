@@ -56,7 +56,9 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Alias, .gguf file, Hugging Face folder or hf:org/name[:file].")
 ]
 Kernels = Annotated[str, typer.Option(help="Op set: auto, native or reference.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads of the op set; 0 for one a core.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the op set [default: one a core].", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -91,9 +93,10 @@ def run(
     ] = False,
     as_json: Json = False,
     kernels: Kernels = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Answer one prompt, as it is generated."""
+    from .chat_cli import printable
     from .llm import LLM
     from .types import SamplingParams
 
@@ -101,11 +104,11 @@ def run(
         raise ConfigError("--system needs the chat template, which --raw skips; leave one of them out")
     text = _read_prompt(prompt)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    messages = [
+    messages: list[dict[str, Any]] = [
         *([{"role": "system", "content": system}] if system is not None else []),
         {"role": "user", "content": text},
     ]
-    with LLM(model, kernels=kernels, threads=threads or "auto") as llm:
+    with LLM(model, kernels=kernels, threads=threads) as llm:
         if as_json:
             print(
                 json.dumps(
@@ -113,11 +116,11 @@ def run(
                 )
             )
             return
-        written = ""
+        shown = printable if sys.stdout.isatty() else str
         for piece in llm.stream(text, params) if raw else llm.stream_chat(messages, params):
-            written = _write(piece.text) or written
-        if not written.endswith("\n"):
-            print()
+            sys.stdout.write(shown(piece.text))
+            sys.stdout.flush()
+        print()
 
 
 @app.command()
@@ -128,7 +131,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.2,
     seed: Annotated[int | None, typer.Option(help="Seed of every answer.")] = None,
     kernels: Kernels = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     from .chat_cli import Chat
@@ -136,7 +139,7 @@ def chat(
     from .types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with LLM(model, kernels=kernels, threads=threads or "auto") as llm:
+    with LLM(model, kernels=kernels, threads=threads) as llm:
         Chat(llm, params, system).loop()
 
 
@@ -155,7 +158,7 @@ def info(
     kernels: Kernels = "auto",
 ) -> None:
     """Show the machine, the op set chosen and why, and what a model costs here."""
-    from .lab.facts import describe, print_facts
+    from .lab.info import describe, print_facts
 
     facts = describe(model, kernels)
     if as_json:
@@ -175,7 +178,7 @@ def perplexity(
     ] = None,
     as_json: Json = False,
     kernels: Kernels = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Perplexity of a text, window by window.
 
@@ -186,7 +189,7 @@ def perplexity(
 
     document = read_text(text, limit_bytes)
     with (
-        LLM(model, kernels=kernels, threads=threads or "auto", max_context=context) as llm,
+        LLM(model, kernels=kernels, threads=threads, max_context=context) as llm,
         _progress("windows", quiet=as_json) as advance,
     ):
         result = measure(llm, document, context, stride, advance)
@@ -206,7 +209,7 @@ def bench(
         Path | None, typer.Option("--json", help="Write the results here.", show_default=False)
     ] = None,
     kernels: Kernels = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
 ) -> None:
     """Measure tokens per second, beside what the machine's memory and arithmetic allow at that moment.
 
@@ -219,7 +222,7 @@ def bench(
 
     parsed = parse_tests(tests)
     with _progress("runs") as advance:
-        report = measure(model, parsed, reps, advance, kernels=kernels, threads=threads or "auto")
+        report = measure(model, parsed, reps, advance, kernels=kernels, threads=threads)
     print_report(report)
     if json_file is not None:
         write_report(report, json_file)
@@ -266,14 +269,6 @@ def _read_prompt(prompt: str | None) -> str:
     text = data.decode("utf-8", errors="replace").removesuffix("\n")
     if not text:
         raise RequestError("the prompt on standard input is empty; give at least one character")
-    return text
-
-
-def _write(text: str) -> str:
-    from .chat_cli import printable
-
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
     return text
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import random
 import re
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from ..assemble import open_model
+from ..completion import Output
+from ..config import Settings
 from ..errors import CapacityError, ConfigError, RequestError
+from ..llm import LLM
 from ..model.spec import ModelSpec
+from ..results import machine_facts, summarize_tests, write_results
 from ..types import SamplingParams
 from .ceilings import matmul_rate, read_bandwidth
-
-if TYPE_CHECKING:
-    from ..completion import Output
-    from ..llm import LLM
+from .info import step_bytes
 
 BATCH_PROMPT = BATCH_NEW = 64
 SHORT_PROMPT = 8
@@ -26,7 +33,7 @@ MAX_BATCH = 4096
 
 @dataclass(frozen=True)
 class Test:
-    """`batch` prompts of `prompt` tokens: `new` tokens each, the prefill left out, or with new = 0 the prefill alone."""
+    """`batch` prompts of `prompt` tokens: `new` tokens each, the prefill left out, or with new = 0 that alone."""
 
     __test__ = False  # not a test of pytest's
     name: str
@@ -128,21 +135,53 @@ def cost_of(test: Test, spec: ModelSpec, weight_bytes: int, kv_bytes_per_token: 
     return Cost(len(ends) * weight_bytes + sum(kv_bytes(end) for end in ends), flops)
 
 
-def run_tests(
-    llm: LLM, tests: Sequence[Test], weight_bytes: int, reps: int, advance: Callable[[int, int], None]
-) -> list[Run]:
-    """Each test once to warm up, then `reps` times. Prompts are random token ids, new ones every time."""
+@dataclass(frozen=True)
+class Report:
+    """What was measured, on what."""
+
+    config: dict[str, Any]
+    runs: list[Run]
+
+
+def measure(
+    model: str, tests: Sequence[Test], reps: int, advance: Callable[[int, int], None], **settings: Any
+) -> Report:
+    """Load `model`; run each test once to warm up, then `reps` times. `advance(done, all)` hears of progress, in runs.
+
+    Prompts are random token ids, new ones every time, so that nothing is found in the prefix cache.
+    """
+    opened = open_model(model)
+    weights = step_bytes(opened)
+    most = max(Settings().max_sequences, *(test.batch for test in tests))
     rng = random.Random(0)
     runs: list[Run] = []
-    for index, test in enumerate(tests):
-        cost = cost_of(test, llm.spec, weight_bytes, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
-        for rep in range(-1, reps):
-            seconds = _time(llm, test, rng)
-            if rep >= 0:
-                ceiling = read_bandwidth(weight_bytes, llm.config.threads)
-                runs.append(Run(test, seconds, cost, ceiling, matmul_rate()))
-            advance(index * (reps + 1) + rep + 2, len(tests) * (reps + 1))
-    return runs
+    started = time.perf_counter()
+    with LLM(model, **settings, max_sequences=most) as llm:
+        load_s = time.perf_counter() - started
+        resident = _resident_bytes()
+        for index, test in enumerate(tests):
+            cost = cost_of(test, llm.spec, weights, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
+            for rep in range(-1, reps):
+                seconds = _time(llm, test, rng)
+                if rep >= 0:
+                    ceiling = read_bandwidth(weights, llm.config.threads)
+                    runs.append(Run(test, seconds, cost, ceiling, matmul_rate()))
+                advance(index * (reps + 1) + rep + 2, len(tests) * (reps + 1))
+        config = machine_facts() | msgspec.to_builtins(llm.config)
+    measured = {"load_s": load_s, "resident_bytes": resident, "peak_resident_bytes": _peak_resident_bytes()}
+    return Report(config | measured | {"bytes_per_step": weights, "reps": reps}, runs)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is in RAM, shared file pages included; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _peak_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _time(llm: LLM, test: Test, rng: random.Random) -> float:
@@ -176,7 +215,16 @@ def _check(test: Test, output: Output, new: int) -> None:
         raise RequestError(f"{test.name}: {len(output.token_ids)} tokens came back where {new} were asked for")
 
 
-def print_table(runs: Sequence[Run]) -> None:
+def write_report(report: Report, path: Path) -> None:
+    """Write the results file. ResultsError or RequestError where that fails."""
+    rows = [run.as_dict() for run in report.runs]
+    try:
+        write_results(path, report.config, rows, summarize_tests(rows))
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}") from None
+
+
+def print_report(report: Report) -> None:
     """Median rate of each test, with the rates of reading and computing beside their ceilings (medians too)."""
     from statistics import median
 
@@ -187,17 +235,21 @@ def print_table(runs: Sequence[Run]) -> None:
     table.add_column("test")
     for name in ("tok/s", "min", "max", "GB/s", "read ceiling", "of it", "GOP/s", "f32 matmul"):
         table.add_column(name, justify="right")
-    for name in dict.fromkeys(run.test.name for run in runs):
-        own = [run for run in runs if run.test.name == name]
+    for name in dict.fromkeys(run.test.name for run in report.runs):
+        own = [run for run in report.runs if run.test.name == name]
         rates = [run.rate for run in own]
-        share = median(run.read_rate / run.read_ceiling for run in own)
         table.add_row(
             name,
             *(f"{value:,.1f}" for value in (median(rates), min(rates), max(rates))),
             f"{median(run.read_rate for run in own):,.1f}",
             f"{median(run.read_ceiling for run in own):,.1f}",
-            f"{share:.0%}",
+            f"{median(run.read_rate / run.read_ceiling for run in own):.0%}",
             f"{median(run.compute_rate for run in own):,.0f}",
             f"{median(run.matmul_ceiling for run in own):,.0f}",
         )
-    Console().print(table)
+    console = Console(highlight=False)
+    config = report.config
+    console.print(f"{config['model']} on {config['cpu']}, op set {config['kernels']}, {config['threads']} threads")
+    console.print(table)
+    memory = f"{config['resident_bytes'] / 1e6:,.0f} MB resident, {config['peak_resident_bytes'] / 1e6:,.0f} MB at most"
+    console.print(f"loaded in {config['load_s']:.2f} s, {memory}")

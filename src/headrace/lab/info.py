@@ -1,0 +1,131 @@
+"""What `headrace info` tells: the machine, the op set and why, and what a model costs here, by its header alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ..assemble import Model, available_memory, open_model, resolve_settings
+from ..config import Settings
+from ..kernels import choose_ops
+from ..results import machine_facts
+
+EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
+CONTEXTS = (512, 2048, 8192, 32768, 131072)
+GIB = 2**30
+
+
+def describe(name: str | None = None, kernels: str = "auto") -> dict[str, Any]:
+    """Facts as plain data: "machine", "kernels", and "model" where a name is given. Raises what opening it raises."""
+    machine = machine_facts() | {"memory_available_bytes": available_memory()}
+    ops = choose_ops(kernels, machine["cores"])
+    facts = {"machine": machine, "kernels": {"name": ops.name, "threads": ops.threads, "why": _why(kernels, ops.name)}}
+    if name is not None:
+        facts["model"] = _describe_model(open_model(name), kernels, ops, machine["memory_available_bytes"])
+    return facts
+
+
+def step_bytes(model: Model) -> int:
+    """Bytes of the weights that every decode step reads: all but an embedding table that is not the head as well."""
+    skipped = () if model.spec.tied else EMBEDDINGS
+    return sum(tensor.nbytes for name, tensor in model.file.tensors.items() if name not in skipped)
+
+
+def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dict[str, Any]:
+    spec = model.spec
+    types: dict[str, int] = {}
+    for tensor in model.file.tensors.values():
+        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.nbytes
+    weights = sum(types.values())
+    resolved = resolve_settings(model, Settings(kernels=kernels), ops)
+    contexts = sorted({*(c for c in CONTEXTS if c < spec.context_length), spec.context_length})
+    per_token = resolved.kv_bytes_per_token
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "spec": msgspec.to_builtins(spec, enc_hook=str),
+        "parameters": spec.parameters,
+        "weight_bytes": weights,
+        "weight_bytes_by_type": types,
+        "bytes_per_step": step_bytes(model),
+        "kv_bytes_per_token": per_token,
+        "settings": msgspec.to_builtins(resolved),
+        "fits": [
+            {
+                "context": context,
+                "sequences": resolved.kv_memory // (context * per_token),
+                "sequences_in_free_memory": max(0, available - weights) // (context * per_token),
+            }
+            for context in contexts
+        ],
+    }
+
+
+def _why(kernels: str, name: str) -> str:
+    if kernels != "auto":
+        return "asked for"
+    return "compiled kernels are installed" if name != "reference" else "no compiled kernels are installed"
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """`describe`'s facts as tables."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    machine, kernels = facts["machine"], facts["kernels"]
+    memory = f"{(machine['memory_bytes'] or 0) / GIB:.1f} GiB, {machine['memory_available_bytes'] / GIB:.1f} GiB free"
+    console.print(
+        _table(
+            "Machine",
+            {
+                "cpu": f"{machine['cpu']}, {machine['cores']} cores",
+                "instruction sets": " ".join(machine["isa"]) or "unknown",
+                "memory": memory,
+                "python, numpy": f"{machine['python']}, {machine['numpy']}",
+                "headrace": " ".join(str(machine[name]) for name in ("headrace", "commit") if machine[name]),
+                "op set": f"{kernels['name']} ({kernels['why']}), {kernels['threads']} threads",
+            },
+        )
+    )
+    if "model" in facts:
+        _print_model(console, facts["model"])
+
+
+def _print_model(console: Any, model: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    spec, settings = model["spec"], model["settings"]
+    types = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in model["weight_bytes_by_type"].items())
+    windows = sorted({window for window in spec["windows"] if window is not None})
+    rows = {
+        "file": model["path"],
+        "architecture": f"{spec['architecture']}, {model['parameters'] / 1e6:,.1f} M parameters",
+        "layers, width": f"{spec['layers']}, {spec['dim']} (feed-forward {spec['ffn_dim']})",
+        "heads": f"{spec['heads']} of {spec['head_dim']}, {spec['kv_heads']} for keys and values",
+        "vocabulary": f"{spec['vocab_size']:,}, head {'tied to the embedding' if spec['tied'] else 'of its own'}",
+        "context": f"{spec['context_length']:,} tokens" + (f", windows of {windows}" if windows else ""),
+        "weights": f"{model['weight_bytes'] / 1e6:,.1f} MB ({types})",
+        "read by a step": f"{model['bytes_per_step'] / 1e6:,.1f} MB of weights",
+        "keys and values": f"{model['kv_bytes_per_token']:,} bytes a token as {settings['kv_dtype']}",
+        "set aside for them": f"{settings['kv_memory'] / GIB:.2f} GiB, context up to {settings['max_context']:,}",
+    }
+    console.print(_table(spec["name"], rows))
+    fits = Table(title="Sequences that fit", title_justify="left")
+    for name in ("context", "in the memory set aside", "in all free memory"):
+        fits.add_column(name, justify="right")
+    for row in model["fits"]:
+        fits.add_row(*(f"{row[name]:,}" for name in ("context", "sequences", "sequences_in_free_memory")))
+    console.print(fits)
+
+
+def _table(title: str, rows: dict[str, str]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table
