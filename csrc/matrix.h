@@ -5,14 +5,14 @@
 //
 // A tile is 16 outputs. Every y[row][n] is summed in one order, whatever the ranges, the number of rows and the thread:
 //
-//   Recipe::group  (all quantised weights) integer, per group of 32 inputs. Activation: e = the least power of two with
-//                  |round(x / e)| <= 127 in the group, codes = round-half-even(x / e). For groups ascending:
-//                      acc = fma(m, e * float(sum of codes), acc)            where the format has a minimum m
-//                      acc = fma(d * e, float(sum of (q - offset) * code), acc)
-//                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half. The integer sums are exact, d * e is exact:
+//   Recipe::group  (all quantised weights) per group of 32 inputs. Activation: scale s = max|x| * (1 / 127.4f), rounded up to a number
+//                  of `scale_bits` significant bits and kept in 2^-64..2^64; codes = round-half-even(x * (1 / s)). For groups ascending:
+//                      acc = fma(m, s * sum of codes, acc)                  where the format has a minimum m
+//                      acc = fma(d * s, sum of (q - offset) * code, acc)
+//                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half, both minima first. The integer sums are exact:
 //                  the result has the same bits on every instruction set.
-//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| / 127. Weights: w8 = the file's value
-//                  in steps of D = max|w| / 127 of its row, rounded once. y = float(sum of w8 * code) * (D * s). Also the same bits everywhere.
+//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| / 127. Weights: w8 = the file's value in steps
+//                  of its row's D = max|w| / 127. y = float(sum of w8 * code) * (D * s). Also the same bits everywhere.
 //   Recipe::bf16   (BF16 weights) x rounded to bfloat16; pairs of products are summed as the instruction does it. Bits differ between
 //                  instruction sets, not between calls.
 //   Recipe::f32    (F32, F16 weights) acc = fma(x, w, acc), inputs ascending. The same bits everywhere.
@@ -73,28 +73,34 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 
 // ---- activations
 
-// What one group of 32 inputs of a row is, besides its codes (Recipe::group).
-struct GroupMeta {
-    int32_t exponent;    // e = 2^(exponent >> 23); kept shifted, to be added to a float's bits
-    float sum;           // e * sum of codes
+constexpr int scale_bits = 3;
+
+// 32 inputs of one row (Recipe::group). Kernels read it as a stream.
+struct GroupBlock {
+    int8_t codes[32];
+    float scale;         // s
+    float sum;           // s * sum of codes
     int32_t minus8;      // -8 * sum of codes
     int32_t minus8_low;  // -8 * sum of the first 16 codes
 };
 
+// One row's head (Recipe::row); its codes follow.
+struct RowHead {
+    float scale;
+    int32_t sum;  // of codes
+    int32_t unused[14];
+};
+
 // Rows of x ready for products, in memory of the caller's (activation_bytes, 64-byte aligned).
-//   group: int8 codes [rows][cols], GroupMeta [rows][cols / 32]
-//   row:   int8 codes [rows][cols], GroupMeta [rows] (sum holds the scale, minus8 as above)
-//   bf16:  uint16 [rows][cols, padded to 32]      f32: float [rows][cols, padded to 16]; padding is 0
+//   group: GroupBlock [rows][cols / 32]                 row: RowHead, int8 codes [cols] for each row
+//   bf16:  uint16 [rows][cols, padded to 32 with 0]     f32: float [rows][cols, padded to 16 with 0]
 struct Activation {
     Recipe recipe;
     int64_t rows, cols;
     uint8_t* data;
-    int64_t row_bytes;   // of codes or values
-    GroupMeta* meta;
-    int64_t row_metas;
+    int64_t row_bytes;
 
-    const uint8_t* values(int64_t row) const { return data + row * row_bytes; }
-    const GroupMeta* metas(int64_t row) const { return meta + row * row_metas; }
+    uint8_t* row(int64_t index) const { return data + index * row_bytes; }
 };
 
 size_t activation_bytes(Recipe recipe, int64_t rows, int64_t cols);

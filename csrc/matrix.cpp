@@ -1,0 +1,386 @@
+#include "matrix.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "matrix_layout.h"
+
+namespace headrace {
+namespace {
+
+float half_to_float(uint16_t h) {
+    const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
+        const float value = float(mantissa) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+float bfloat_to_float(uint16_t b) {
+    const uint32_t bits = uint32_t(b) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+uint16_t load16(const uint8_t* p) { return uint16_t(p[0] | p[1] << 8); }
+
+// A block of the file, or a superblock's row of a tile: codes and scales as the layout stores them.
+struct Block {
+    uint8_t codes[256];          // as stored: code + 128 for Q8_0, indices for IQ4_NL
+    uint16_t d[8], m[8];         // fp16, of each group (d, dm), or [0] alone (K formats)
+    uint8_t scale[16], min[16];  // K formats: of each group, or half group
+};
+
+struct KSizes { int bytes; };
+
+int block_bytes(Format format) {
+    switch (format) {
+        case Format::F32: return 4;
+        case Format::F16: case Format::BF16: return 2;
+        case Format::Q4_0: case Format::IQ4_NL: return 18;
+        case Format::Q4_1: return 20;
+        case Format::Q5_0: return 22;
+        case Format::Q5_1: return 24;
+        case Format::Q8_0: return 34;
+        case Format::Q2_K: return 84;
+        case Format::Q3_K: return 110;
+        case Format::Q4_K: return 144;
+        case Format::Q5_K: return 176;
+        case Format::Q6_K: return 210;
+    }
+    return 0;
+}
+
+// ---- reading the file's blocks (the GGUF definitions)
+
+void read_nibbles(const uint8_t* q, uint8_t* codes) {
+    for (int j = 0; j < 16; j++) codes[j] = q[j] & 15, codes[j + 16] = q[j] >> 4;
+}
+
+void read_high_bits(const uint8_t* q, uint8_t* codes) {
+    for (int j = 0; j < 32; j++) codes[j] |= (q[j / 8] >> (j % 8) & 1) << 4;
+}
+
+// The 6-bit scales and minima of Q4_K and Q5_K: 12 bytes.
+void read_scales_and_mins(const uint8_t* p, Block& block) {
+    for (int j = 0; j < 4; j++) {
+        block.scale[j] = p[j] & 63, block.min[j] = p[j + 4] & 63;
+        block.scale[j + 4] = (p[j + 8] & 15) | (p[j] >> 6) << 4, block.min[j + 4] = p[j + 8] >> 4 | (p[j + 4] >> 6) << 4;
+    }
+}
+
+void read_block(Format format, const uint8_t* p, Block& block) {
+    uint8_t* codes = block.codes;
+    switch (format) {
+        case Format::Q4_0: case Format::IQ4_NL:
+            block.d[0] = load16(p), read_nibbles(p + 2, codes);
+            break;
+        case Format::Q4_1:
+            block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 4, codes);
+            break;
+        case Format::Q5_0:
+            block.d[0] = load16(p), read_nibbles(p + 6, codes), read_high_bits(p + 2, codes);
+            break;
+        case Format::Q5_1:
+            block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 8, codes), read_high_bits(p + 4, codes);
+            break;
+        case Format::Q8_0:
+            block.d[0] = load16(p);
+            for (int j = 0; j < 32; j++) codes[j] = p[2 + j] ^ 128;
+            break;
+        case Format::Q2_K:  // 16 scale bytes, 64 of codes, d, dmin
+            std::memcpy(block.scale, p, 16);
+            block.d[0] = load16(p + 80), block.m[0] = load16(p + 82);
+            for (int k = 0; k < 256; k++) codes[k] = p[16 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3;
+            break;
+        case Format::Q3_K: {  // 32 bytes of high bits, 64 of low ones, 12 of scales, d
+            block.d[0] = load16(p + 108);
+            for (int k = 0; k < 256; k++)
+                codes[k] = (p[32 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3) | (p[k % 32] >> (k / 32) & 1) << 2;
+            const uint8_t* s = p + 96;
+            for (int j = 0; j < 16; j++) {
+                const int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4, high = s[8 + j % 4] >> (j / 4 * 2) & 3;
+                block.scale[j] = uint8_t((low | high << 4) - 32);
+            }
+            break;
+        }
+        case Format::Q4_K: case Format::Q5_K: {  // d, dmin, 12 bytes of scales, (32 of high bits,) 128 of nibbles
+            block.d[0] = load16(p), block.m[0] = load16(p + 2);
+            read_scales_and_mins(p + 4, block);
+            const uint8_t* nibbles = p + (format == Format::Q5_K ? 48 : 16);
+            for (int k = 0; k < 256; k++) codes[k] = nibbles[k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4) & 15;
+            if (format == Format::Q5_K)
+                for (int k = 0; k < 256; k++) codes[k] |= (p[16 + k % 32] >> (k / 32) & 1) << 4;
+            break;
+        }
+        case Format::Q6_K:  // 128 bytes of nibbles, 64 of high bits, 16 scales, d
+            std::memcpy(block.scale, p + 192, 16);
+            block.d[0] = load16(p + 208);
+            for (int k = 0; k < 256; k++)
+                codes[k] = (p[k / 128 * 64 + k % 64] >> (k % 128 / 64 * 4) & 15) |
+                           (p[128 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3) << 4;
+            break;
+        default: break;
+    }
+}
+
+// ---- values
+
+float code_value(const Layout& layout, int code) { return float((layout.table ? int(iq4_nl_codes[code]) : code) - layout.offset); }
+
+// The scale and minimum of group `group` (of the block), half `half`, as float: exact.
+void group_scale(const Layout& layout, const Block& block, int group, int half, float& d, float& m) {
+    const int at = layout.halves ? 2 * group + half : group;
+    m = 0;
+    switch (layout.scales) {
+        case Scales::d: d = half_to_float(block.d[group]); return;
+        case Scales::dm: d = half_to_float(block.d[group]), m = half_to_float(block.m[group]); return;
+        case Scales::k:
+            d = half_to_float(block.d[0]) * float(layout.signed_scales ? int(int8_t(block.scale[at])) : int(block.scale[at]));
+            return;
+        case Scales::k_min:
+            d = half_to_float(block.d[0]) * float(block.scale[at]), m = -(half_to_float(block.m[0]) * float(block.min[at]));
+            return;
+        case Scales::k_nibbles:
+            d = half_to_float(block.d[0]) * float(block.scale[at] & 15), m = -(half_to_float(block.m[0]) * float(block.scale[at] >> 4));
+            return;
+        default: d = 0;
+    }
+}
+
+void block_values(const Layout& layout, const Block& block, int groups, float* out) {
+    for (int group = 0; group < groups; group++)
+        for (int half = 0; half < 2; half++) {
+            float d, m;
+            group_scale(layout, block, group, half, d, m);
+            for (int j = 0; j < 16; j++) {
+                const int k = group * 32 + half * 16 + j;
+                out[k] = d * code_value(layout, block.codes[k]) + m;
+            }
+        }
+}
+
+// ---- one output's part of a superblock, written and read
+
+void place_plane(uint8_t* plane, int bits, int shift, int n, const uint8_t* codes) {
+    for (int k = 0; k < 32; k++) {
+        const int quad = k / 4, lane = n * 4 + k % 4, part = codes[k] >> shift & ((1 << bits) - 1);
+        if (bits == 8) plane[quad * 64 + lane] = uint8_t(part);
+        if (bits == 4) plane[quad % 4 * 64 + lane] |= uint8_t(part << quad / 4 * 4);
+        if (bits == 2) plane[quad / 4 * 64 + lane] |= uint8_t(part << quad % 4 * 2);
+        if (bits == 1) plane[lane] |= uint8_t(part << quad);
+    }
+}
+
+void read_plane(const uint8_t* plane, int bits, int shift, int n, uint8_t* codes) {
+    for (int k = 0; k < 32; k++) {
+        const int quad = k / 4, lane = n * 4 + k % 4;
+        int part = 0;
+        if (bits == 8) part = plane[quad * 64 + lane];
+        if (bits == 4) part = plane[quad % 4 * 64 + lane] >> quad / 4 * 4 & 15;
+        if (bits == 2) part = plane[quad / 4 * 64 + lane] >> quad % 4 * 2 & 3;
+        if (bits == 1) part = plane[lane] >> quad & 1;
+        codes[k] = uint8_t(codes[k] | part << shift);
+    }
+}
+
+// Calls visit(packed byte pointer, block field pointer, bytes) for every scale field of output n, group by group.
+template <class Visit>
+void visit_scales(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block, Visit visit) {
+    uint8_t* head = super + layout.scales_at();
+    uint8_t* rows = head + layout.head_bytes();
+    if (layout.head_bytes()) visit(head + 2 * n, &block.d[0], 2);
+    if (layout.head_bytes() == 64) visit(head + 32 + 2 * n, &block.m[0], 2);
+    const int scales = layout.halves ? 2 : 1;
+    for (int g = 0; g < groups; g++) {
+        uint8_t* row = rows + (first_group + g) * layout.scale_bytes();
+        if (layout.scales == Scales::d || layout.scales == Scales::dm) visit(row + 2 * n, &block.d[g], 2);
+        if (layout.scales == Scales::dm) visit(row + 32 + 2 * n, &block.m[g], 2);
+        if (layout.head_bytes())
+            for (int s = 0; s < scales; s++) visit(row + 16 * s + n, &block.scale[g * scales + s], 1);
+        if (layout.scales == Scales::k_min)
+            for (int s = 0; s < scales; s++) visit(row + 16 * (scales + s) + n, &block.min[g * scales + s], 1);
+    }
+}
+
+void place_block(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block) {
+    for (int g = 0; g < groups; g++) {
+        uint8_t* planes = super + (first_group + g) * layout.group_bytes();
+        place_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
+        place_plane(planes + 64 * layout.low_bits, layout.high_bits, layout.low_bits, n, block.codes + 32 * g);
+    }
+    visit_scales(layout, super, n, first_group, groups, block, [](void* packed, void* field, int bytes) { std::memcpy(packed, field, size_t(bytes)); });
+}
+
+void read_placed(const Layout& layout, const uint8_t* super, int n, int first_group, int groups, Block& block) {
+    for (int g = 0; g < groups; g++) {
+        const uint8_t* planes = super + (first_group + g) * layout.group_bytes();
+        std::memset(block.codes + 32 * g, 0, 32);
+        read_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
+        read_plane(planes + 64 * layout.low_bits, layout.high_bits, layout.low_bits, n, block.codes + 32 * g);
+    }
+    visit_scales(layout, const_cast<uint8_t*>(super), n, first_group, groups, block,
+                 [](const void* packed, void* field, int bytes) { std::memcpy(field, packed, size_t(bytes)); });
+}
+
+float largest(const Layout& layout, const Block& block, int groups) {
+    float values[256], result = 0;
+    block_values(layout, block, groups, values);
+    for (int k = 0; k < groups * 32; k++) result = std::max(result, std::fabs(values[k]));
+    return result;
+}
+
+// Where the codes are stored in the file's own order (16 nibbles bytes, or 32 bytes, of a block of 32): dwords move as they are.
+bool dwords_move(Format format) {
+    return format == Format::Q4_0 || format == Format::Q4_1 || format == Format::Q8_0 || format == Format::IQ4_NL;
+}
+
+void place_dwords(const Layout& layout, uint8_t* super, int n, int first_group, const uint8_t* codes) {
+    uint8_t* planes = super + first_group * layout.group_bytes();
+    const uint32_t flip = layout.low_bits == 8 ? 0x80808080u : 0;
+    for (int i = 0; i < layout.low_bits; i++) {
+        uint32_t word;
+        std::memcpy(&word, codes + 4 * i, 4);
+        word ^= flip;
+        std::memcpy(planes + 64 * i + 4 * n, &word, 4);
+    }
+}
+
+void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile) {
+    const Layout layout = layout_of(matrix.format);
+    uint8_t* packed = matrix.data + size_t(tile) * matrix.tile_bytes;
+    std::memset(packed, 0, matrix.tile_bytes);
+    const size_t source_bytes = source_row_bytes(matrix.format, matrix.cols);
+    const int block_size = int(block_cols(matrix.format)), step = block_bytes(matrix.format), groups = block_size / 32;
+    const int count = int(std::min<int64_t>(tile_rows, matrix.rows - tile * tile_rows));
+    const bool direct = dwords_move(matrix.format);
+    Block block;
+    for (int n = 0; n < count; n++) {
+        const int64_t row = tile * tile_rows + n;
+        const uint8_t* p = source + size_t(row_order ? row_order[row] : row) * source_bytes;
+        float most = 0;
+        for (int64_t g = 0; g < matrix.cols / 32; g += groups, p += step) {
+            uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
+            const int first = int(g % layout.groups);
+            read_block(matrix.format, p, block);
+            most = std::max(most, largest(layout, block, groups));
+            if (direct) {
+                place_dwords(layout, super, n, first, p + step - 4 * layout.low_bits);
+                visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
+            } else {
+                place_block(layout, super, n, first, groups, block);
+            }
+        }
+        const float inverse = most > 0 ? 127.0f / most : 0.0f;
+        std::memcpy(packed + 4 * n, &inverse, 4);
+    }
+}
+
+void pack_float_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile) {
+    uint8_t* packed = matrix.data + size_t(tile) * matrix.tile_bytes;
+    std::memset(packed, 0, matrix.tile_bytes);
+    const size_t width = size_t(block_bytes(matrix.format));
+    const int count = int(std::min<int64_t>(tile_rows, matrix.rows - tile * tile_rows));
+    for (int n = 0; n < count; n++) {
+        const int64_t row = tile * tile_rows + n;
+        const uint8_t* p = source + size_t(row_order ? row_order[row] : row) * width * size_t(matrix.cols);
+        for (int64_t k = 0; k < matrix.cols; k++) {
+            const int64_t at = matrix.format == Format::BF16 ? (k / 2 * tile_rows + n) * 2 + k % 2 : k * tile_rows + n;
+            std::memcpy(packed + size_t(at) * width, p + size_t(k) * width, width);
+        }
+    }
+}
+
+size_t tile_size(Format format, int64_t cols) {
+    if (format == Format::BF16) return size_t((cols + 1) / 2) * 64;
+    if (is_float(format)) return (size_t(cols) * size_t(block_bytes(format)) * tile_rows + 63) / 64 * 64;
+    const Layout layout = layout_of(format);
+    return tile_head_bytes + size_t((cols / 32 + layout.groups - 1) / layout.groups) * size_t(layout.super_bytes());
+}
+
+}  // namespace
+
+int64_t block_cols(Format format) {
+    if (is_float(format)) return 1;
+    return layout_of(format).groups == 8 ? 256 : 32;
+}
+
+size_t source_row_bytes(Format format, int64_t cols) { return size_t(cols / block_cols(format)) * size_t(block_bytes(format)); }
+
+Recipe recipe_of(Format format, bool per_row) {
+    if (format == Format::BF16) return Recipe::bf16;
+    if (is_float(format)) return Recipe::f32;
+    return per_row ? Recipe::row : Recipe::group;
+}
+
+size_t packed_bytes(Format format, int64_t rows, int64_t cols) { return packed_matrix(format, rows, cols, nullptr).bytes(); }
+
+PackedMatrix packed_matrix(Format format, int64_t rows, int64_t cols, void* data) {
+    return {format, rows, cols, static_cast<uint8_t*>(data), tile_size(format, cols)};
+}
+
+void pack(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile0, int64_t tile1) {
+    for (int64_t tile = tile0; tile < tile1; tile++)
+        (is_float(matrix.format) ? pack_float_tile : pack_tile)(matrix, source, row_order, tile);
+}
+
+void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
+    const uint8_t* packed = matrix.data + size_t(row / tile_rows) * matrix.tile_bytes;
+    const int n = int(row % tile_rows);
+    if (is_float(matrix.format)) {
+        for (int64_t k = 0; k < matrix.cols; k++) {
+            const int64_t at = matrix.format == Format::BF16 ? (k / 2 * tile_rows + n) * 2 + k % 2 : k * tile_rows + n;
+            if (matrix.format == Format::F32) std::memcpy(out + k, packed + 4 * at, 4);
+            else if (matrix.format == Format::F16) out[k] = half_to_float(load16(packed + 2 * at));
+            else out[k] = bfloat_to_float(load16(packed + 2 * at));
+        }
+        return;
+    }
+    const Layout layout = layout_of(matrix.format);
+    const int groups = int(block_cols(matrix.format) / 32);
+    Block block;
+    for (int64_t g = 0; g < matrix.cols / 32; g += groups) {
+        const uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
+        read_placed(layout, super, n, int(g % layout.groups), groups, block);
+        block_values(layout, block, groups, out + 32 * g);
+    }
+}
+
+namespace {
+int64_t row_size(Recipe recipe, int64_t cols) {
+    switch (recipe) {
+        case Recipe::group: return cols / 32 * int64_t(sizeof(GroupBlock));
+        case Recipe::row: return int64_t(sizeof(RowHead)) + (cols + 63) / 64 * 64;
+        case Recipe::bf16: return (cols + 31) / 32 * 64;
+        case Recipe::f32: return (cols + 15) / 16 * 64;
+    }
+    return 0;
+}
+}  // namespace
+
+size_t activation_bytes(Recipe recipe, int64_t rows, int64_t cols) { return size_t(rows) * size_t(row_size(recipe, cols)); }
+
+Activation activation(Recipe recipe, int64_t rows, int64_t cols, void* data) {
+    return {recipe, rows, cols, static_cast<uint8_t*>(data), row_size(recipe, cols)};
+}
+
+namespace avx512 { extern const Kernels table; }
+namespace avx2 { extern const Kernels table; }
+namespace portable { extern const Kernels table; }
+
+const Kernels& kernels(Isa isa) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::table;
+    if (isa == Isa::avx2) return avx2::table;
+#endif
+    (void)isa;
+    return portable::table;
+}
+
+}  // namespace headrace

@@ -1,0 +1,7 @@
+#define HEADRACE_ISA avx512
+#include "matrix_kernels.h"
+
+namespace headrace::avx512 {
+extern const Kernels table;
+const Kernels table{Isa::avx512, quantise_row, multiply};
+}  // namespace headrace::avx512

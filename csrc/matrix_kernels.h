@@ -1,0 +1,483 @@
+// The product kernels, written once and compiled for each instruction set (the including file sets HEADRACE_ISA and flags).
+//
+// A product walks over tiles of 16 outputs. Few rows: a tile's groups are unpacked into registers and used at once for up to
+// `direct_rows` rows (the weights stream past once). Many rows: a block of inputs of two tiles is unpacked once to bytes in the L1 cache, with
+// its scales as floats, and every row block runs over it. Both sum in the order that matrix.h states.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "matrix.h"
+#include "matrix_layout.h"
+#include "matrix_simd.h"
+
+namespace headrace::HEADRACE_ISA {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
+constexpr int blocked_from = 12;  // rows from which unpacking to L1 pays
+constexpr int block_rows = 6;     // rows x 2 tiles of sums in registers
+constexpr int int_block_rows = 12;
+constexpr int float_rows = 6, float_tiles = 4;
+constexpr bool scale_tables = true;
+#else
+constexpr int direct_rows = 4;
+constexpr int blocked_from = 1 << 30;
+constexpr int block_rows = 1;
+constexpr int int_block_rows = 1;
+constexpr int float_rows = 4, float_tiles = 1;
+constexpr bool scale_tables = false;
+#endif
+constexpr int block_groups = 18;    // of inputs, unpacked at a time
+constexpr int partial_rows = 128;   // rows whose sums wait between blocks of inputs
+
+// Calls f.operator()<R>() for R = r, 1 <= r <= Max.
+template <int Max, class F>
+inline void with_rows(int r, F&& f) {
+    if constexpr (Max > 1) {
+        if (r < Max) return with_rows<Max - 1>(r, f);
+    }
+    f.template operator()<Max>();
+}
+
+// Cuts `rows` into the fewest pieces of at most `most`, as even as possible, and calls visit(first, count).
+template <class Visit>
+inline void even_pieces(int64_t rows, int64_t most, Visit visit) {
+    const int64_t pieces = (rows + most - 1) / most;
+    for (int64_t i = 0; i < pieces; i++) {
+        const int64_t first = rows * i / pieces;
+        visit(first, rows * (i + 1) / pieces - first);
+    }
+}
+
+// ---- results
+
+struct Output {
+    float* y;           // of the tile, at the first row
+    int64_t ldy;
+    const float* bias;  // of the tile, or null
+    bool accumulate;
+    int count;          // outputs of the tile that exist
+
+    Output(const Product& p, int64_t row, int64_t tile)
+        : y(p.y + row * p.ldy + tile * tile_rows), ldy(p.ldy), bias(p.bias ? p.bias + tile * tile_rows : nullptr), accumulate(p.accumulate),
+          count(int(std::min(tile_rows, p.weight->rows - tile * tile_rows))) {}
+
+    void put(int64_t row, Floats sum) const {
+        float* at = y + row * ldy;
+        if (count == kLanes) {
+            if (bias) sum = sum + load(bias);
+            if (accumulate) sum = sum + load(at);
+            store(at, sum);
+        } else {
+            if (bias) sum = sum + load_first(bias, count);
+            if (accumulate) sum = sum + load_first(at, count);
+            store_first(at, sum, count);
+        }
+    }
+};
+
+// ---- reading a packed group
+
+template <Format format>
+inline void unpack_codes(const uint8_t* planes, Codes (&w)[8]) {
+    constexpr Layout layout = layout_of(format);
+    if constexpr (layout.low_bits == 8) {
+        for (int i = 0; i < 8; i++) w[i] = load_codes(planes + 64 * i);
+    } else if constexpr (layout.low_bits == 4) {
+        const Codes mask = all_codes(15);
+        for (int i = 0; i < 4; i++) {
+            const Codes both = load_codes(planes + 64 * i);
+            w[i] = both & mask, w[i + 4] = right<4>(both) & mask;
+        }
+    } else {
+        const Codes mask = all_codes(3);
+        for (int i = 0; i < 2; i++) {
+            const Codes four = load_codes(planes + 64 * i);
+            w[4 * i] = four & mask, w[4 * i + 1] = right<2>(four) & mask;
+            w[4 * i + 2] = right<4>(four) & mask, w[4 * i + 3] = right<6>(four) & mask;
+        }
+    }
+    const uint8_t* high = planes + 64 * layout.low_bits;
+    if constexpr (layout.high_bits == 1) {  // bit i of a byte becomes bit `low_bits` of quad i
+        const Codes bits = load_codes(high), mask = all_codes(1 << layout.low_bits);
+        constexpr int at = layout.low_bits;
+        w[0] = merge(w[0], left<at>(bits), mask), w[1] = merge(w[1], left<at - 1>(bits), mask);
+        if constexpr (at == 4) {
+            w[2] = merge(w[2], left<2>(bits), mask), w[3] = merge(w[3], left<1>(bits), mask), w[4] = merge(w[4], bits, mask);
+            w[5] = merge(w[5], right<1>(bits), mask), w[6] = merge(w[6], right<2>(bits), mask), w[7] = merge(w[7], right<3>(bits), mask);
+        } else {
+            w[2] = merge(w[2], bits, mask), w[3] = merge(w[3], right<1>(bits), mask), w[4] = merge(w[4], right<2>(bits), mask);
+            w[5] = merge(w[5], right<3>(bits), mask), w[6] = merge(w[6], right<4>(bits), mask), w[7] = merge(w[7], right<5>(bits), mask);
+        }
+    } else if constexpr (layout.high_bits == 2) {  // bits 2i, 2i + 1 become bits 4, 5
+        const Codes mask = all_codes(0x30);
+        for (int i = 0; i < 2; i++) {
+            const Codes bits = load_codes(high + 64 * i);
+            w[4 * i] = merge(w[4 * i], left<4>(bits), mask), w[4 * i + 1] = merge(w[4 * i + 1], left<2>(bits), mask);
+            w[4 * i + 2] = merge(w[4 * i + 2], bits, mask), w[4 * i + 3] = merge(w[4 * i + 3], right<2>(bits), mask);
+        }
+    }
+    if constexpr (layout.table)
+        for (int i = 0; i < 8; i++) w[i] = lookup(iq4_nl_codes, w[i]);
+}
+
+// Scales d and minima m of a group, as floats: [0] for the first 16 inputs, [1] for the others where the format has halves.
+template <Format format>
+inline void load_scales(const uint8_t* super, int group, Floats (&d)[2], Floats (&m)[2]) {
+    constexpr Layout layout = layout_of(format);
+    const uint8_t* head = super + layout.scales_at();
+    const uint8_t* row = head + layout.head_bytes() + group * layout.scale_bytes();
+    constexpr int halves = layout.halves ? 2 : 1;
+    if constexpr (layout.scales == Scales::d || layout.scales == Scales::dm) {
+        d[0] = load((const Half*)row);
+        if constexpr (layout.scales == Scales::dm) m[0] = load((const Half*)(row + 32));
+    } else {
+        const Floats all_d = load((const Half*)head);
+        for (int h = 0; h < halves; h++) {
+            if constexpr (layout.scales == Scales::k_nibbles) {
+                alignas(64) uint8_t low[16], high[16];
+                for (int i = 0; i < 16; i++) low[i] = row[16 * h + i] & 15, high[i] = row[16 * h + i] >> 4;
+                d[h] = all_d * load_bytes(low), m[h] = all(0) - load((const Half*)(head + 32)) * load_bytes(high);
+            } else if constexpr (layout.signed_scales) {
+                d[h] = all_d * load((const int8_t*)(row + 16 * h));
+            } else {
+                d[h] = all_d * load_bytes(row + 16 * h);
+                m[h] = all(0) - load((const Half*)(head + 32)) * load_bytes(row + 16 * (halves + h));
+            }
+        }
+    }
+}
+
+template <Format format>
+inline const uint8_t* super_at(const uint8_t* tile, int64_t group) {
+    constexpr Layout layout = layout_of(format);
+    return tile + tile_head_bytes + group / layout.groups * layout.super_bytes();
+}
+
+// ---- Recipe::group, one group of one row
+
+// The power of two that turns GroupBlock's -8 * sum into -offset * sum.
+constexpr int offset_power(int offset) { return offset == 4 ? -1 : offset == 8 ? 0 : offset == 16 ? 1 : offset == 32 ? 2 : 4; }
+
+template <Format format>
+constexpr bool wide_codes = layout_of(format).low_bits == 8 || layout_of(format).table;
+
+template <Format format>
+inline Ints start(int32_t minus8) {
+    constexpr int offset = layout_of(format).offset;
+    if constexpr (offset == 0 || (wide_codes<format> && wide_dot_is_signed)) return all_ints(0);
+    else return scaled_by_power<offset_power(offset)>(all_ints(minus8));
+}
+
+inline float low_sum(const GroupBlock& x) { return x.scale * float(x.minus8_low / -8); }
+inline float high_sum(const GroupBlock& x) { return x.scale * float((x.minus8 - x.minus8_low) / -8); }
+
+// acc + minima. Both halves' come before the codes'.
+template <Format format>
+inline Floats add_minima(Floats acc, const Floats (&m)[2], const GroupBlock& x) {
+    constexpr Layout layout = layout_of(format);
+    if constexpr (layout.has_min() && layout.halves) return fused(m[1], all(high_sum(x)), fused(m[0], all(low_sum(x)), acc));
+    else if constexpr (layout.has_min()) return fused(m[0], all(x.sum), acc);
+    else return acc;
+}
+
+// ---- few rows
+
+template <Format format, int R>
+__attribute__((noinline)) void direct_tile(const uint8_t* tile, int64_t groups, const uint8_t* x, int64_t stride, const Output& out) {
+    constexpr Layout layout = layout_of(format);
+    constexpr bool wide = wide_codes<format>;
+    Floats acc[R];
+    for (int r = 0; r < R; r++) acc[r] = zero();
+    const uint8_t* super = tile + tile_head_bytes;
+    for (int64_t first = 0; first < groups; first += layout.groups, super += layout.super_bytes()) {
+        const int count = int(std::min<int64_t>(layout.groups, groups - first));
+        for (int g = 0; g < count; g++, x += sizeof(GroupBlock)) {
+            for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + g * (layout.group_bytes() + layout.scale_bytes()) + i + 4096);
+            Codes w[8];
+            Floats d[2], m[2];
+            unpack_codes<format>(super + g * layout.group_bytes(), w);
+            load_scales<format>(super, g, d, m);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const GroupBlock& block = *reinterpret_cast<const GroupBlock*>(x + r * stride);
+                acc[r] = add_minima<format>(acc[r], m, block);
+                Ints sum = start<format>(layout.halves ? block.minus8_low : block.minus8);
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++) {
+                    if (layout.halves && i == 4) {
+                        acc[r] = fused(d[0] * all(block.scale), to_floats(sum), acc[r]);
+                        sum = start<format>(block.minus8 - block.minus8_low);
+                    }
+                    sum = dot<wide>(sum, w[i], load_word(block.codes + 4 * i));
+                }
+                acc[r] = fused(d[layout.halves] * all(block.scale), to_floats(sum), acc[r]);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) out.put(r, acc[r]);
+}
+
+template <Format format>
+void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
+    const PackedMatrix& w = *p.weight;
+    for (int64_t tile = tile0; tile < tile1; tile++)
+        even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
+            with_rows<direct_rows>(int(count), [&]<int R>() {
+                direct_tile<format, R>(w.data + size_t(tile) * w.tile_bytes, w.cols / 32, p.x->row(row0 + first), p.x->row_bytes,
+                                       Output(p, row0 + first, tile));
+            });
+        });
+}
+
+// ---- many rows
+
+#if defined(__AVX512VNNI__)
+
+constexpr int scale_classes = 1 << (scale_bits - 1);  // significands of an activation's scale
+
+// A block of inputs of `tiles` tiles. Without halves, scale[c] holds d * s of each class of s, less the bits of s's significand, so that adding
+// the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication has none.
+template <Format format, int tiles>
+struct Unpacked {
+    static constexpr Layout layout = layout_of(format);
+    static constexpr int scale_rows = layout.halves ? 2 : scale_classes;
+    struct Group {
+        uint8_t codes[8][tiles][64];
+        float scale[tiles][scale_rows][16];
+    };
+    struct Minima { float m[tiles][layout.halves ? 2 : 1][16]; };
+    alignas(64) Group group[block_groups];
+    alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
+};
+
+inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
+
+template <Format format, int tiles>
+void unpack_block(Unpacked<format, tiles>& to, int t, const uint8_t* tile, int64_t group0, int groups) {
+    constexpr Layout layout = layout_of(format);
+    for (int g = 0; g < groups; g++) {
+        const uint8_t* super = super_at<format>(tile, group0 + g);
+        const int in_super = int((group0 + g) % layout.groups);
+        Codes w[8];
+        Floats d[2], m[2];
+        unpack_codes<format>(super + in_super * layout.group_bytes(), w);
+        load_scales<format>(super, in_super, d, m);
+        auto& group = to.group[g];
+        if constexpr (layout.halves) {
+            for (int h = 0; h < 2; h++) store(group.scale[t][h], d[h]);
+        } else {
+            // An integer addition cannot scale zero: where d is 0, the codes are made 0 and d 1.
+            const __mmask16 none = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_EQ_OQ);
+            if (none) {
+                for (Codes& quad : w) quad.v = _mm512_mask_mov_epi32(quad.v, none, _mm512_set1_epi8(char(layout.offset)));
+                d[0].v = _mm512_mask_mov_ps(d[0].v, none, _mm512_set1_ps(1));
+            }
+            for (int c = 0; c < scale_classes; c++) {
+                const Floats significand = all(1 + float(c) / scale_classes);
+                const __m512i bits = _mm512_sub_epi32(as_bits(d[0] * significand), as_bits(significand));
+                _mm512_store_si512(group.scale[t][c], bits);
+            }
+        }
+        for (int i = 0; i < 8; i++) store_codes(group.codes[i][t], w[i]);
+        if constexpr (layout.has_min())
+            for (int h = 0; h <= layout.halves; h++) store(to.minima[g].m[t][h], m[h]);
+    }
+}
+
+// Packed weights that will be needed next: each step asks for some lines of each tile.
+struct Ahead {
+    const uint8_t* at;
+    int64_t tile_bytes;
+    int lines;  // a step
+
+    template <int tiles>
+    void step() {
+        for (int i = 0; i < lines; i++, at += 64)
+            for (int t = 0; t < tiles; t++) _mm_prefetch((const char*)at + t * tile_bytes, _MM_HINT_T1);
+    }
+};
+
+template <Format format, int R, int tiles>
+__attribute__((noinline)) void run_rows(const Unpacked<format, tiles>& u, int groups, const uint8_t* x, int64_t stride, float* partial, bool first,
+                                        Ahead& ahead) {
+    constexpr Layout layout = layout_of(format);
+    Floats acc[R][tiles];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) acc[r][t] = first ? zero() : load(partial + (r * tiles + t) * 16);
+    for (int g = 0; g < groups; g++, x += sizeof(GroupBlock)) {
+        ahead.step<tiles>();
+        const auto& group = u.group[g];
+        const uint8_t* upper = x + 3 * stride;  // so that few registers address all rows
+        auto block = [&](int r) -> const GroupBlock& {
+            return *reinterpret_cast<const GroupBlock*>(r < 3 ? x + r * stride : upper + (r - 3) * stride);
+        };
+        if constexpr (layout.has_min()) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                for (int t = 0; t < tiles; t++) {
+                    if constexpr (layout.halves) {
+                        acc[r][t] = fused(load(u.minima[g].m[t][0]), all(low_sum(block(r))), acc[r][t]);
+                        acc[r][t] = fused(load(u.minima[g].m[t][1]), all(high_sum(block(r))), acc[r][t]);
+                    } else {
+                        acc[r][t] = fused(load(u.minima[g].m[t][0]), all(block(r).sum), acc[r][t]);
+                    }
+                }
+        }
+        Ints sum[R][tiles];
+#pragma GCC unroll 2
+        for (int half = 0; half <= layout.halves; half++) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const Ints from = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
+                for (int t = 0; t < tiles; t++) sum[r][t] = from;
+            }
+            constexpr int quads = layout.halves ? 4 : 8;
+#pragma GCC unroll 8
+            for (int i = half * quads; i < (half + 1) * quads; i++) {
+                Codes w[tiles];
+                for (int t = 0; t < tiles; t++) w[t] = load_codes(group.codes[i][t]);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    const __m512i all = _mm512_set1_epi32(load_word(block(r).codes + 4 * i));
+                    for (int t = 0; t < tiles; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, w[t].v, all);
+                }
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                for (int t = 0; t < tiles; t++) {
+                    Floats scale;
+                    if constexpr (layout.halves) {
+                        scale = load(group.scale[t][half]) * all(block(r).scale);
+                    } else {
+                        const int32_t bits = load_word(&block(r).scale);
+                        const uint32_t which = uint32_t(bits) >> (23 - (scale_bits - 1)) & (scale_classes - 1);
+                        scale.v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_load_si512(group.scale[t][which]), _mm512_set1_epi32(bits)));
+                    }
+                    acc[r][t] = fused(scale, to_floats(sum[r][t]), acc[r][t]);
+                }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) store(partial + (r * tiles + t) * 16, acc[r][t]);
+}
+
+template <Format format, int tiles>
+void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
+    constexpr Layout layout = layout_of(format);
+    const PackedMatrix& w = *p.weight;
+    const int64_t groups = w.cols / 32, rows = row1 - row0;
+    Unpacked<format, tiles> u;
+    alignas(64) float partial[partial_rows * tiles * 16];
+    const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
+    const int64_t blocks = (groups + block_groups - 1) / block_groups;
+    const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
+        for (int t = 0; t < tiles; t++) unpack_block<format, tiles>(u, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
+        const int64_t lines = int64_t(w.tile_bytes) / 64 / blocks + 1, steps = row_blocks * (group1 - group0);
+        Ahead ahead{b + 1 < blocks ? super_at<format>(packed, group1) : next, int64_t(w.tile_bytes), int((lines + steps - 1) / steps)};
+        int64_t steps_left = (lines + ahead.lines - 1) / ahead.lines;
+        even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
+            if (steps_left <= 0) ahead.lines = 0;
+            steps_left -= group1 - group0;
+            with_rows<block_rows>(int(count), [&]<int R>() {
+                run_rows<format, R, tiles>(u, int(group1 - group0), p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes,
+                                           partial + first * tiles * 16, b == 0, ahead);
+            });
+            if (b + 1 == blocks)
+                for (int t = 0; t < tiles; t++) {
+                    const Output out(p, row0 + first, tile + t);
+                    for (int64_t r = 0; r < count; r++) out.put(r, load(partial + ((first + r) * tiles + t) * 16));
+                }
+        });
+    }
+}
+
+#endif
+
+template <Format format>
+void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
+#if defined(__AVX512VNNI__)
+    if (row1 - row0 >= blocked_from) {
+        const PackedMatrix& w = *p.weight;
+        even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
+            const int64_t from = row0 + first, to = from + count;
+            int64_t tile = tile0;
+            for (; tile + 2 <= tile1; tile += 2)
+                multiply_blocked<format, 2>(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
+            if (tile < tile1) multiply_blocked<format, 1>(p, from, to, tile, w.data);
+        });
+        return;
+    }
+#endif
+    multiply_direct<format>(p, row0, row1, tile0, tile1);
+}
+
+// ---- activations
+
+inline void quantise_group_row(const Activation& a, int64_t row, const float* x) {
+    GroupBlock* block = reinterpret_cast<GroupBlock*>(a.row(row));
+    for (int64_t k = 0; k < a.cols; k += 32, x += 32, block++) {
+        const Floats low = load(x), high = load(x + 16);
+        float scale = greatest(max(absolute(low), absolute(high))) * (1 / 127.4f);
+        scale = std::min(std::max(scale, 0x1p-64f), 0x1p64f);
+        uint32_t bits;
+        std::memcpy(&bits, &scale, 4);
+        constexpr uint32_t below = (1u << (24 - scale_bits)) - 1;
+        bits = (bits + below) & ~below;
+        std::memcpy(&scale, &bits, 4);
+        const Floats inverse = all(1 / scale), most = all(127), least = all(-127);
+        const Ints low_codes = to_ints(min(max(low * inverse, least), most)), high_codes = to_ints(min(max(high * inverse, least), most));
+        store_low_bytes(block->codes, low_codes), store_low_bytes(block->codes + 16, high_codes);
+        const int32_t low_total = sum(low_codes), total = low_total + sum(high_codes);
+        block->scale = scale, block->sum = scale * float(total), block->minus8 = -8 * total, block->minus8_low = -8 * low_total;
+    }
+}
+
+inline void round_row(const Activation& a, int64_t row, const float* x) {
+    BFloat* to = reinterpret_cast<BFloat*>(a.row(row));
+    int64_t k = 0;
+    for (; k + 16 <= a.cols; k += 16) store(to + k, load(x + k));
+    if (k < a.cols) store(to + k, load_first(x + k, int(a.cols - k))), k += 16;
+    if (k * 2 < a.row_bytes) std::memset(to + k, 0, size_t(a.row_bytes - k * 2));
+}
+
+inline void copy_row(const Activation& a, int64_t row, const float* x) {
+    std::memcpy(a.row(row), x, size_t(a.cols) * 4);
+    std::memset(a.row(row) + a.cols * 4, 0, size_t(a.row_bytes - a.cols * 4));
+}
+
+void quantise_row(const Activation& a, int64_t row, const float* x) {
+    switch (a.recipe) {
+        case Recipe::group: return quantise_group_row(a, row, x);
+        case Recipe::row: return;
+        case Recipe::bf16: return round_row(a, row, x);
+        case Recipe::f32: return copy_row(a, row, x);
+    }
+}
+
+void multiply(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
+    switch (p.weight->format) {
+        case Format::Q4_0: return multiply_quantised<Format::Q4_0>(p, row0, row1, tile0, tile1);
+        case Format::Q4_1: return multiply_quantised<Format::Q4_1>(p, row0, row1, tile0, tile1);
+        case Format::Q5_0: return multiply_quantised<Format::Q5_0>(p, row0, row1, tile0, tile1);
+        case Format::Q5_1: return multiply_quantised<Format::Q5_1>(p, row0, row1, tile0, tile1);
+        case Format::Q8_0: return multiply_quantised<Format::Q8_0>(p, row0, row1, tile0, tile1);
+        case Format::Q2_K: return multiply_quantised<Format::Q2_K>(p, row0, row1, tile0, tile1);
+        case Format::Q3_K: return multiply_quantised<Format::Q3_K>(p, row0, row1, tile0, tile1);
+        case Format::Q4_K: return multiply_quantised<Format::Q4_K>(p, row0, row1, tile0, tile1);
+        case Format::Q5_K: return multiply_quantised<Format::Q5_K>(p, row0, row1, tile0, tile1);
+        case Format::Q6_K: return multiply_quantised<Format::Q6_K>(p, row0, row1, tile0, tile1);
+        case Format::IQ4_NL: return multiply_quantised<Format::IQ4_NL>(p, row0, row1, tile0, tile1);
+        default: return;
+    }
+}
+
+}  // namespace
+}  // namespace headrace::HEADRACE_ISA

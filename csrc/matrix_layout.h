@@ -1,0 +1,73 @@
+// How packed tiles are laid out: what pack() writes and the kernels read.
+//
+// A tile (16 outputs): 16 floats 1 / D (quantised formats; see Recipe::row), then superblocks, inputs ascending.
+// A superblock: its groups' codes, then its groups' scales, padded to 64 bytes.
+// Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j:
+//   4-bit plane: 4 x 64 bytes, the low nibbles quads 0..3, the high ones quads 4..7
+//   2-bit plane: 2 x 64 bytes, bits 2i..2i+1 of byte lanes in the first 64 are quad i, in the second quad 4 + i
+//   1-bit plane: 64 bytes, bit i of a byte lane is quad i
+//   8 bits:      8 x 64 bytes, signed codes kept as code + 128
+// Scales are rows of 16, one for each output: fp16 d, or fp16 d and fp16 m, for every group; the K formats have fp16 d (and dmin) once
+// and a row of bytes (or two, with 16-wide groups; two more for their minima) for every group.
+// Float formats: F32 [input][16], F16 [input][16], BF16 [input pair][16][2], the last pair padded with 0.
+#pragma once
+
+#include "matrix.h"
+
+namespace headrace {
+
+enum class Scales : uint8_t { none, d, dm, k, k_min, k_nibbles };  // k_nibbles: scale and minimum share a byte (Q2_K)
+
+struct Layout {
+    int low_bits = 0, high_bits = 0;
+    int offset = 0;      // the value of a code q is d * (q - offset) - or d * q + m
+    int groups = 1;      // of 32, in a superblock
+    Scales scales = Scales::none;
+    bool halves = false;         // two scales a group
+    bool signed_scales = false;  // the K formats' scale bytes
+    bool table = false;          // codes index IQ4_NL's values
+
+    constexpr bool has_min() const { return scales == Scales::dm || scales == Scales::k_min || scales == Scales::k_nibbles; }
+    constexpr int group_bytes() const { return 64 * (low_bits + high_bits); }
+    constexpr int head_bytes() const {  // of a superblock's scales, before the groups' bytes
+        return scales == Scales::k ? 32 : scales == Scales::k_min || scales == Scales::k_nibbles ? 64 : 0;
+    }
+    constexpr int scale_bytes() const {  // of a group
+        const int rows = halves ? 2 : 1;
+        switch (scales) {
+            case Scales::d: return 32;
+            case Scales::dm: return 64;
+            case Scales::k: case Scales::k_nibbles: return 16 * rows;
+            case Scales::k_min: return 32 * rows;
+            default: return 0;
+        }
+    }
+    constexpr int super_bytes() const { return (groups * (group_bytes() + scale_bytes()) + head_bytes() + 63) / 64 * 64; }
+    constexpr int scales_at() const { return groups * group_bytes(); }
+};
+
+constexpr Layout layout_of(Format format) {
+    switch (format) {
+        case Format::Q4_0: return {.low_bits = 4, .offset = 8, .groups = 2, .scales = Scales::d};
+        case Format::Q4_1: return {.low_bits = 4, .scales = Scales::dm};
+        case Format::Q5_0: return {.low_bits = 4, .high_bits = 1, .offset = 16, .groups = 2, .scales = Scales::d};
+        case Format::Q5_1: return {.low_bits = 4, .high_bits = 1, .scales = Scales::dm};
+        case Format::Q8_0: return {.low_bits = 8, .offset = 128, .groups = 2, .scales = Scales::d};
+        case Format::IQ4_NL: return {.low_bits = 4, .offset = 128, .groups = 2, .scales = Scales::d, .table = true};
+        case Format::Q2_K: return {.low_bits = 2, .groups = 8, .scales = Scales::k_nibbles, .halves = true};
+        case Format::Q3_K: return {.low_bits = 2, .high_bits = 1, .offset = 4, .groups = 8, .scales = Scales::k, .halves = true, .signed_scales = true};
+        case Format::Q4_K: return {.low_bits = 4, .groups = 8, .scales = Scales::k_min};
+        case Format::Q5_K: return {.low_bits = 4, .high_bits = 1, .groups = 8, .scales = Scales::k_min};
+        case Format::Q6_K: return {.low_bits = 4, .high_bits = 2, .offset = 32, .groups = 8, .scales = Scales::k, .halves = true, .signed_scales = true};
+        default: return {};
+    }
+}
+
+constexpr bool is_float(Format format) { return layout_of(format).scales == Scales::none; }
+
+constexpr int tile_head_bytes = 64;  // of the quantised formats
+
+// IQ4_NL's 16 values, kept + 128 (the format's definition).
+constexpr uint8_t iq4_nl_codes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+}  // namespace headrace

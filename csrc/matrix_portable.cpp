@@ -1,0 +1,7 @@
+#define HEADRACE_ISA portable
+#include "matrix_kernels.h"
+
+namespace headrace::portable {
+extern const Kernels table;
+const Kernels table{Isa::portable, quantise_row, multiply};
+}  // namespace headrace::portable

@@ -1,0 +1,165 @@
+// What the matrix kernels need besides simd.h: 64 weight codes (16 outputs x 4 inputs), 16 integer sums, and a fused multiply-add
+// that is fused everywhere. The including file sets HEADRACE_ISA.
+#pragma once
+
+#include "simd.h"
+
+namespace headrace::HEADRACE_ISA {
+
+#if defined(__AVX512VNNI__)
+
+struct Codes { __m512i v; };
+struct Ints { __m512i v; };
+
+inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_codes(uint8_t* p, Codes a) { _mm512_store_si512(p, a.v); }
+inline Codes all_codes(int x) { return {_mm512_set1_epi8(char(x))}; }
+inline Codes operator&(Codes a, Codes b) { return {_mm512_and_si512(a.v, b.v)}; }
+template <int n> inline Codes right(Codes a) { return {_mm512_srli_epi16(a.v, n)}; }  // bits cross bytes: mask them after
+template <int n> inline Codes left(Codes a) { return {_mm512_slli_epi16(a.v, n)}; }
+inline Codes merge(Codes a, Codes b, Codes mask) { return {_mm512_ternarylogic_epi64(a.v, b.v, mask.v, 0xF8)}; }  // a | (b & mask)
+inline Codes lookup(const uint8_t* table, Codes a) {
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), a.v)};
+}
+inline Floats load_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+
+inline Ints all_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+template <int n> inline Ints scaled_by_power(Ints a) {  // a * 2^n
+    if constexpr (n > 0) return {_mm512_slli_epi32(a.v, n)};
+    else if constexpr (n < 0) return {_mm512_srai_epi32(a.v, -n)};
+    else return a;
+}
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline int32_t load_word(const void* p) { int32_t x; std::memcpy(&x, p, 4); return x; }
+
+// acc + for each output: 4 codes * 4 int8 of x. Codes above 127 need `wide`.
+template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) { return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x))}; }
+constexpr bool wide_dot_is_signed = false;  // whether wide codes count as code - 128
+
+inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+inline Ints to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline void store_low_bytes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
+inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+
+#elif defined(__AVX2__)
+
+struct Codes { __m256i a, b; };
+struct Ints { __m256i a, b; };
+
+inline __m256i load_half(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline Codes load_codes(const uint8_t* p) { return {load_half(p), load_half(p + 32)}; }
+inline void store_codes(uint8_t* p, Codes x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 32), x.b); }
+inline Codes all_codes(int x) { return {_mm256_set1_epi8(char(x)), _mm256_set1_epi8(char(x))}; }
+inline Codes operator&(Codes x, Codes y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+template <int n> inline Codes right(Codes x) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
+template <int n> inline Codes left(Codes x) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
+inline Codes merge(Codes x, Codes y, Codes mask) {
+    return {_mm256_or_si256(x.a, _mm256_and_si256(y.a, mask.a)), _mm256_or_si256(x.b, _mm256_and_si256(y.b, mask.b))};
+}
+inline Codes lookup(const uint8_t* table, Codes x) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+    return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
+}
+inline Floats load_bytes(const uint8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+
+inline Ints all_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+template <int n> inline Ints scaled_by_power(Ints x) {
+    if constexpr (n > 0) return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)};
+    else if constexpr (n < 0) return {_mm256_srai_epi32(x.a, -n), _mm256_srai_epi32(x.b, -n)};
+    else return x;
+}
+inline Ints operator-(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline Ints load_ints(const int32_t* p) { return {load_half(p), load_half(p + 8)}; }
+inline void store_ints(int32_t* p, Ints x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 8), x.b); }
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline int32_t load_word(const void* p) { int32_t x; std::memcpy(&x, p, 4); return x; }
+
+// Sums of pairs must stay within 16 bits: u8 codes up to 127 do (127 * 127 * 2). Wide ones are taken as signed, |code| times x with its sign.
+template <bool wide> inline __m256i dot(__m256i acc, __m256i w, __m256i x) {
+    if constexpr (wide) {
+        const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(char(0x80)));
+        x = _mm256_sign_epi8(x, s), w = _mm256_abs_epi8(s);
+    }
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
+    const __m256i all = _mm256_set1_epi32(x);
+    return {dot<wide>(acc.a, w.a, all), dot<wide>(acc.b, w.b, all)};
+}
+constexpr bool wide_dot_is_signed = true;
+
+inline Floats fused(Floats x, Floats y, Floats z) { return fma(x, y, z); }
+inline Ints to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline void store_low_bytes(int8_t* p, Ints x) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+inline int32_t sum(Ints x) {
+    const __m256i s = _mm256_add_epi32(x.a, x.b);
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
+
+#else
+
+struct Codes { uint8_t v[64]; };
+struct Ints { int32_t v[kLanes]; };
+
+template <class F> inline Codes each_code(F f) {
+    Codes out;
+    for (int i = 0; i < 64; i++) out.v[i] = uint8_t(f(i));
+    return out;
+}
+template <class F> inline Ints each_int(F f) {
+    Ints out;
+    for (int i = 0; i < kLanes; i++) out.v[i] = f(i);
+    return out;
+}
+inline Codes load_codes(const uint8_t* p) { Codes x; std::memcpy(x.v, p, 64); return x; }
+inline void store_codes(uint8_t* p, Codes x) { std::memcpy(p, x.v, 64); }
+inline Codes all_codes(int x) { return each_code([&](int) { return x; }); }
+inline Codes operator&(Codes x, Codes y) { return each_code([&](int i) { return x.v[i] & y.v[i]; }); }
+template <int n> inline Codes right(Codes x) { return each_code([&](int i) { return x.v[i] >> n; }); }
+template <int n> inline Codes left(Codes x) { return each_code([&](int i) { return x.v[i] << n; }); }
+inline Codes merge(Codes x, Codes y, Codes mask) { return each_code([&](int i) { return x.v[i] | (y.v[i] & mask.v[i]); }); }
+inline Codes lookup(const uint8_t* table, Codes x) { return each_code([&](int i) { return table[x.v[i]]; }); }
+inline Floats load_bytes(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
+
+inline Ints all_ints(int32_t x) { return each_int([&](int) { return x; }); }
+template <int n> inline Ints scaled_by_power(Ints x) {
+    if constexpr (n > 0) return each_int([&](int i) { return x.v[i] * (1 << n); });
+    else return each_int([&](int i) { return x.v[i] >> -n; });
+}
+inline Ints operator-(Ints x, Ints y) { return each_int([&](int i) { return x.v[i] - y.v[i]; }); }
+inline Ints load_ints(const int32_t* p) { Ints x; std::memcpy(x.v, p, sizeof x.v); return x; }
+inline void store_ints(int32_t* p, Ints x) { std::memcpy(p, x.v, sizeof x.v); }
+inline Floats to_floats(Ints x) { return each([&](int i) { return float(x.v[i]); }); }
+inline int32_t load_word(const void* p) { int32_t x; std::memcpy(&x, p, 4); return x; }
+template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
+    int8_t parts[4];
+    std::memcpy(parts, &x, 4);
+    for (int i = 0; i < kLanes; i++)
+        for (int j = 0; j < 4; j++) acc.v[i] += int(w.v[4 * i + j]) * parts[j];
+    return acc;
+}
+constexpr bool wide_dot_is_signed = false;
+
+inline Floats fused(Floats x, Floats y, Floats z) { return each([&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); }); }
+inline Ints to_ints(Floats x) { return each_int([&](int i) { return int32_t(std::nearbyintf(x.v[i])); }); }
+inline void store_low_bytes(int8_t* p, Ints x) { for (int i = 0; i < kLanes; i++) p[i] = int8_t(x.v[i]); }
+inline int32_t sum(Ints x) {
+    int32_t total = 0;
+    for (const int32_t value : x.v) total += value;
+    return total;
+}
+
+#endif
+
+}  // namespace headrace::HEADRACE_ISA
