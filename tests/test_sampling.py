@@ -156,7 +156,9 @@ def test_top_p_keeps_the_token_that_crosses():
     assert support(logits, top_p=0.71) == {1, 2, 3}
     assert support(logits, top_p=0.91) == {0, 1, 2, 3}
     assert support([0.0] * 8, top_p=0.5) == {0, 1, 2, 3}
-    assert support([-0.0, 0.0, -0.0, 0.0], top_p=0.5) == {0, 1}
+    zeros = np.where(np.arange(40) % 3, -0.0, 0.0)
+    assert support(zeros, top_p=0.1) == support(-zeros, top_p=0.1) == {0, 1, 2, 3}
+    assert support([0, -1, -1], temperature=1 / math.log(2), top_p=0.5) == {0}  # weights 1, 1/2, 1/2: reached exactly
 
 
 def test_min_p_is_relative_to_the_best():
@@ -426,6 +428,11 @@ def test_the_ends_of_the_unit_interval(vocab, monkeypatch):
         assert choose(np.zeros(vocab)) == token
         if vocab > 4:  # banned tokens at both ends have no share of the interval, however small
             assert choose(np.zeros(vocab), banned_tokens=(0, 1, vocab - 1)) == (2 if token == 0 else vocab - 2)
+
+
+def test_a_draw_on_the_edge_of_a_block_skips_banned_tokens(monkeypatch):
+    monkeypatch.setattr("headrace.sampling.philox_uniform", lambda *_: 0.5)
+    assert choose(np.zeros(768), banned_tokens=tuple(range(256, 512))) == 512
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
