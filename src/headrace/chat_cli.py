@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .errors import CapacityError, HeadraceError, RequestError
-from .text.chat import chat_prompt
+from .frontend import Frontend
 from .types import SamplingParams
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Chat:
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None = None) -> None:
         self._llm, self._params = llm, params
+        self._frontend = Frontend(llm.tokenizer, llm.spec.vocab_size)
         self._conversation = Conversation(
             self._count, llm.config.max_context - min(64, llm.config.max_context // 4), system
         )
@@ -182,7 +183,7 @@ class Chat:
         self._conversation.answer(answer)
 
     def _count(self, messages: list[Message]) -> int:
-        return len(chat_prompt(self._llm.tokenizer, messages))
+        return len(self._frontend.chat_ids(messages))
 
     def _set_system(self, text: str) -> None:
         if text:
