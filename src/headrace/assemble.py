@@ -96,7 +96,7 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
         memory = min(memory, settings.max_sequences * -(-context // settings.page_size) * page_bytes + page_bytes)
     pages = memory // page_bytes
     if pages < 2:
-        raise CapacityError(f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; raise it, or lower page_size")
+        raise CapacityError(f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; raise kv_memory, or lower page_size")
     fitting = (pages - 1) * settings.page_size + 1
     if context > fitting and settings.max_context is not None:
         raise CapacityError(

@@ -35,6 +35,7 @@ class AsyncLLM:
         self._live: dict[str, _Live] = {}
         self._death: HeadraceError | None = None
         self._listener: asyncio.Task[None] | None = None
+        self._frontend: Frontend | None = None
 
     async def __aenter__(self) -> AsyncLLM:
         await self.start()
@@ -54,7 +55,6 @@ class AsyncLLM:
         self._send(Load(self._name, self._settings))
         self.spec = opened.spec
         self.tokenizer = await asyncio.to_thread(opened.tokenizer)
-        self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         try:
             first = await self._receive()
             if isinstance(first, Refused):
@@ -64,6 +64,7 @@ class AsyncLLM:
             await self.close()
             raise
         self.config = first.resolved
+        self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         self._listener = asyncio.create_task(self._listen())
 
     async def close(self) -> None:
@@ -83,21 +84,26 @@ class AsyncLLM:
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Output:
         """Complete one prompt. `options`: priority, deadline, salt."""
-        return await self._run(self._frontend.prompt_ids(prompt), params or SamplingParams(), options)
+        return await self._run(self._ready().prompt_ids(prompt), params or SamplingParams(), options)
 
     async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Output:
         """The assistant's answer to a conversation."""
-        return await self._run(self._frontend.chat_ids(messages), params or SamplingParams(), options)
+        return await self._run(self._ready().chat_ids(messages), params or SamplingParams(), options)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Delta]:
         """Complete one prompt, piece by piece."""
-        return self._stream(self._frontend.prompt_ids(prompt), params or SamplingParams(), options)
+        return self._stream(self._ready().prompt_ids(prompt), params or SamplingParams(), options)
 
     def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Delta]:
         """`chat`, piece by piece."""
-        return self._stream(self._frontend.chat_ids(messages), params or SamplingParams(), options)
+        return self._stream(self._ready().chat_ids(messages), params or SamplingParams(), options)
 
     # -- how ----------------------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> Frontend:
+        if self._death or self._frontend is None:
+            raise self._death or EngineDeadError("the engine is not running; use `async with AsyncLLM(...)` or await start()")
+        return self._frontend
 
     async def _run(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> Output:
         live = self._start(prompt_ids, params, options)
@@ -122,9 +128,7 @@ class AsyncLLM:
             self._end(live)
 
     def _start(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> _Live:
-        if self._death or self._process is None:
-            raise self._death or EngineDeadError("the engine is not running; use `async with AsyncLLM(...)` or await start()")
-        requests = self._frontend.requests(prompt_ids, params, **options)
+        requests = self._ready().requests(prompt_ids, params, **options)
         request_id = requests[0].id
 
         def stop(index: int) -> Event | None:

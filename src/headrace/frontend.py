@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
 from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from .completion import stop_ids
 from .errors import RequestError
 from .text.tokenizer import Tokenizer
 from .types import Kind, Request, SamplingParams
 
+if TYPE_CHECKING:
+    from .text.chat import ChatTemplate
+
 Prompt = str | Sequence[int]
-Message = dict[str, object]
+Message = dict[str, Any]
+GUARD = "\ufdd0"  # a code point that Unicode keeps out of texts
 
 
 class Frontend:
@@ -22,6 +28,7 @@ class Frontend:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._numbers = count()
+        self._compiled: ChatTemplate | None = None
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Text is encoded; what looks like a special token in it stays text."""
@@ -37,10 +44,35 @@ class Frontend:
         return ids
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation in the model's chat format, up to where the assistant speaks."""
-        from .text.chat import chat_prompt
+        """Token ids of a conversation in the model's chat format, up to where the assistant speaks.
 
-        return chat_prompt(self.tokenizer, messages)
+        The template's special tokens are special; the same characters inside a message stay text. RequestError or
+        TemplateError where the conversation cannot be written.
+        """
+        name = self._special_name
+        ends = {"bos_token": name(self.tokenizer.bos_id), "eos_token": name(next(iter(self.tokenizer.eos_ids), None))}
+        names = {name(token) for token in self.tokenizer.special_ids} - {""}
+        guarded = _guard(list(messages), names)
+        text = self._template().render(guarded, **ends)
+        if guarded == list(messages):
+            return self.tokenizer.encode(text, add_special=False, parse_special=True)
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", text):
+            token = self.tokenizer.token_id(piece) if piece in names else None
+            ids += [token] if token is not None else self.tokenizer.encode(piece.replace(GUARD, ""), add_special=False)
+        return ids
+
+    def _template(self) -> ChatTemplate:
+        if self._compiled is None:
+            from .text.chat import ChatTemplate
+
+            if self.tokenizer.chat_template is None:
+                raise RequestError("this model has no chat template; give it plain text (generate, or --raw on the command line)")
+            self._compiled = ChatTemplate(self.tokenizer.chat_template)
+        return self._compiled
+
+    def _special_name(self, token: int | None) -> str:
+        return "" if token is None else self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     def requests(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, kind: Kind = "generate", priority: int = 0,
@@ -69,3 +101,16 @@ class Frontend:
 
 def _sample_of(request: Request, index: int) -> Request:
     return Request(**{name: getattr(request, name) for name in request.__struct_fields__} | {"sample_index": index})
+
+
+def _guard(value: Any, names: set[str]) -> Any:
+    """The same plain data, with every special token's name in it broken up by GUARD."""
+    if isinstance(value, str):
+        if GUARD in value or any(name in value for name in names):
+            value = value.replace(GUARD, "")
+            for name in names:
+                value = value.replace(name, name[0] + GUARD + name[1:])
+        return value
+    if isinstance(value, dict):
+        return {key: item if key == "role" else _guard(item, names) for key, item in value.items()}
+    return [_guard(item, names) for item in value] if isinstance(value, list) else value

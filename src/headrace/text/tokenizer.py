@@ -96,9 +96,12 @@ class Tokenizer:
                 if self._backend.encode_special_tokens is parse_special:
                     self._backend.encode_special_tokens = not parse_special
                 return self._backend.encode(text, add_special_tokens=add_special).ids
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError):  # the tokenizers library has raised either
+            where = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+            if where is None:
+                raise
             raise RequestError(
-                f"the text is not valid Unicode: character {error.start} of {len(text)} is a lone surrogate; "
+                f"the text is not valid Unicode: character {where} of {len(text)} is a lone surrogate; "
                 "decode its source as UTF-8 with errors='replace'"
             ) from None
 
