@@ -1,10 +1,11 @@
-"""The op set in plain numpy, float32: the twin that every other set is tested against, and the fallback where nothing is compiled.
+"""The op set in plain numpy, float32: the twin that every other set is tested against, and the fallback where nothing
+is compiled.
 
-A row's result is the same to the bit whatever else is in the batch. BLAS does not promise that: the sums it forms for a row
-change with the number of rows and with a row's place among them. So a product here is weight [out, in] times LANES columns
-of activations, always exactly that many, padded with zeros. BLAS kernels hold such columns in the lanes of vector
-registers, each of which does what its neighbours do; every weight shape is checked for it once, and a shape that fails
-takes one column at a time instead. Threads share out whole blocks of outputs, so their number changes nothing either.
+A row's result is the same to the bit whatever else is in the batch. BLAS does not promise that: the sums it forms for a
+row change with the number of rows and with a row's place among them. So a product here is weight [out, in] times LANES
+columns of activations, always exactly that many, padded with zeros. BLAS kernels hold such columns in the lanes of
+vector registers, each of which does what its neighbours do; every weight shape is checked for it once, and a shape that
+fails takes one column at a time instead. Threads share out whole blocks of outputs, so their number changes nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class KVPlane:
 
 @dataclass(frozen=True)
 class KVCache:
-    """One layer's pages. Slot = page * page_size + offset; `dtype` names the storage; products take `lanes` columns at once."""
+    """One layer's pages. Slot = page * page_size + offset; `dtype` names the storage; products take `lanes` columns."""
 
     keys: KVPlane
     values: KVPlane
@@ -194,13 +195,14 @@ class ReferenceOps:
         window: int | None,
         softcap: float | None,
     ) -> np.ndarray:
-        """Attention of one chunk's rows. Each (row, query head of a KV head) is a lane; lanes go in tiles, tiles in bunches."""
+        """Attention of a chunk's rows. A (row, query head of a KV head) is a lane; tiles of lanes run in bunches."""
         kv_heads, _, head_dim = cache.keys.codes.shape
         grouped = heads // kv_heads
         first_block, keys, values = _gather(cache, positions, pages, window)
         lanes = cache.lanes
-        # [rows, kv_heads, grouped, head_dim] -> [rows * grouped, kv_heads, head_dim], whole tiles -> [kv_heads, tiles, 1, head_dim, lanes]
-        by_lane = _pad(q.reshape(len(q), kv_heads, grouped, head_dim).swapaxes(1, 2).reshape(-1, kv_heads, head_dim), lanes)
+        # [rows, kv_heads, grouped, head_dim] -> [lanes, kv_heads, head_dim] -> [kv_heads, tiles, 1, head_dim, lanes]
+        by_lane = q.reshape(len(q), kv_heads, grouped, head_dim).swapaxes(1, 2).reshape(-1, kv_heads, head_dim)
+        by_lane = _pad(by_lane, lanes)
         columns = by_lane.reshape(-1, 1, lanes, kv_heads, head_dim).transpose(3, 0, 1, 4, 2)
         # Padding lanes take the last position, so that they too see a key.
         lane_positions = np.full(len(by_lane), positions[-1], positions.dtype)
@@ -239,7 +241,7 @@ class ReferenceOps:
 
 
 def _columns_agree(weight: np.ndarray) -> bool:
-    """Whether each column of weight [out, in] @ [in, LANES] is the same to the bit at any place and beside any others."""
+    """Whether a column of weight [out, in] @ [in, LANES] is the same to the bit at any place and beside any others."""
     random = np.random.default_rng(0).standard_normal((LANES, weight.shape[1]), dtype=np.float32)
     full = weight @ random.T
     moved = weight @ np.roll(random, 5, axis=0).T
@@ -269,7 +271,7 @@ def _blocks_seen(positions: np.ndarray, window: int | None, first_block: int) ->
 def _gather(
     cache: KVCache, positions: np.ndarray, pages: np.ndarray, window: int | None
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """The first block that a chunk sees, and keys and values from there on: float32 [kv_heads, blocks, BLOCK, head_dim].
+    """The first block that a chunk sees; keys and values from there on, float32 [kv_heads, blocks, BLOCK, head_dim].
 
     Only positions that the chunk sees are read; the rest of the first and last block is zeros, so that what other
     sequences left in a page (or a NaN in it) never meets a product.
@@ -298,10 +300,11 @@ def _softmax_attention(
     window: int | None,
     softcap: float | None,
 ) -> np.ndarray:
-    """q [kv_heads, tiles, 1, head_dim, lanes] over blocks [kv_heads, 1, blocks, BLOCK, head_dim] -> [kv_heads, tiles, head_dim, lanes].
+    """q [kv_heads, tiles, 1, head_dim, lanes] over keys and values [kv_heads, 1, blocks, BLOCK, head_dim], the first
+    at position `start` -> [kv_heads, tiles, head_dim, lanes].
 
-    Two passes: the maximum over all keys, then sums in ascending order of position, within blocks and over them. A block that
-    a lane does not see adds exact zeros, so it makes no difference which lanes share a tile.
+    Two passes: the maximum over all keys, then sums in ascending order of position, within blocks and over them. A
+    block that a lane does not see adds exact zeros, so it makes no difference which lanes share a tile.
     """
     scores = keys @ q
     if softcap is not None:
@@ -313,7 +316,7 @@ def _softmax_attention(
     scores = np.where(hidden, np.float32(-np.inf), scores)
     scores -= scores.max(axis=(2, 3), keepdims=True)
     weights = np.exp(scores, out=scores)
-    # Sums start from +0.0, which keeps a sum of nothing but zeros from being -0.0 or +0.0 as blocks happen to fall.
+    # Sums start from +0.0: else the sign of a sum of zeros would depend on which blocks are there.
     zero = np.float32(0)
     total = weights.sum(axis=3, initial=zero).sum(axis=2, initial=zero)[:, :, None]
     mixed = (values.swapaxes(-1, -2) @ weights).sum(axis=2, initial=zero)
@@ -324,7 +327,7 @@ _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, 
 
 
 def _store(plane: KVPlane, slots: np.ndarray, x: np.ndarray, dtype: str) -> None:
-    """Round x [kv_heads, rows, head_dim] to nearest even in the storage type. int8 codes are x / scale, scale = max |x| / 127."""
+    """Round x [kv_heads, rows, head_dim] to nearest even as stored; int8 holds x / scale, scale = max |x| / 127."""
     if dtype == "bfloat16":
         bits = np.ascontiguousarray(x).view(np.uint32)
         plane.codes[:, slots] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

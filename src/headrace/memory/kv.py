@@ -9,7 +9,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class KVFormat:
-    """A row of the table. `scale_bytes` is spent once per token, head and plane (keys, values) where codes need a scale."""
+    """A row of the table. `scale_bytes` is spent once per token, head and plane (keys, values), where codes need it."""
 
     name: str
     bytes_per_element: int

@@ -8,7 +8,7 @@ A range that does not start at layer 0 begins with `batch.hidden`; one that does
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..kernels.ops import Array, Batch, KVGroupBatch, Ops
 from .rope import rope_table
@@ -16,8 +16,16 @@ from .spec import ModelSpec
 from .weights import DecoderWeights, LayerWeights
 
 
+class _Place(NamedTuple):
+    """A layer's window, and where its keys and values live."""
+
+    window: int | None
+    group: KVGroupBatch
+    cache: Any
+
+
 class Decoder:
-    """Layers `layers` of the model that `spec` describes (Touvron et al. 2023, grouped-query attention of Ainslie et al. 2023)."""
+    """Layers `layers` of the model that `spec` describes (Touvron et al. 2023; grouped queries: Ainslie et al. 2023)."""
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, layers: range) -> None:
         self.spec, self.weights, self.layers = spec, weights, layers
@@ -25,19 +33,19 @@ class Decoder:
         self._rope = rope_table(spec.rope)
 
     def forward(self, ops: Ops, batch: Batch, caches: Sequence[Sequence[Any]]) -> Array:
-        """Run a batch. `caches[g][i]` belongs to layer `kv_groups[g].layers[i]`, `batch.groups[g]` says where its rows go.
+        """Run a batch. `caches[g][i]` belongs to layer `kv_groups[g].layers[i]`, `batch.groups[g]` to its whole group.
 
         Returns float32 logits [logit rows, vocab] from the range that ends the model, else float32 hidden [rows, dim].
         """
         places = {
-            layer: (group.window, batch.groups[g], caches[g][i])
+            layer: _Place(group.window, batch.groups[g], caches[g][i])
             for g, group in enumerate(self.kv_groups)
             for i, layer in enumerate(group.layers)
         }
         x = ops.embed(self.weights.embedding, batch.tokens) if self.layers.start == 0 else batch.hidden
         for layer, weights in zip(self.layers, self.weights.layers, strict=True):
             normed = ops.rms_norm(x, weights.attention_norm, self.spec.norm_eps)
-            x = ops.add(x, self._attention(ops, normed, weights, batch, *places[layer]))
+            x = ops.add(x, self._attention(ops, normed, weights, batch, places[layer]))
             normed = ops.rms_norm(x, weights.mlp_norm, self.spec.norm_eps)
             x = ops.add(x, self._mlp(ops, normed, weights))
         if self.layers.stop < self.spec.layers:
@@ -46,16 +54,21 @@ class Decoder:
         x = ops.rms_norm(x, self.weights.norm, self.spec.norm_eps)
         return ops.linear(x, self.weights.head)
 
-    def _attention(
-        self, ops: Ops, x: Array, weights: LayerWeights, batch: Batch, window: int | None, group: KVGroupBatch, cache: Any
-    ) -> Array:
+    def _attention(self, ops: Ops, x: Array, weights: LayerWeights, batch: Batch, place: _Place) -> Array:
         spec = self.spec
         q = ops.rope(ops.linear(x, weights.q, weights.q_bias), batch.positions, self._rope, spec.heads)
         k = ops.rope(ops.linear(x, weights.k, weights.k_bias), batch.positions, self._rope, spec.kv_heads)
         v = ops.linear(x, weights.v, weights.v_bias)
-        ops.kv_write(cache, k, v, group)
+        ops.kv_write(place.cache, k, v, place.group)
         mixed = ops.attention(
-            q, cache, batch, group, heads=spec.heads, scale=spec.attention_scale, window=window, softcap=spec.softcap
+            q,
+            place.cache,
+            batch,
+            place.group,
+            heads=spec.heads,
+            scale=spec.attention_scale,
+            window=place.window,
+            softcap=spec.softcap,
         )
         return ops.linear(mixed, weights.o, weights.o_bias)
 

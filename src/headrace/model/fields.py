@@ -12,8 +12,8 @@ from ..errors import ModelFileError
 
 @dataclass(frozen=True)
 class Fields:
-    """Named values of one file. Each getter raises ModelFileError, naming the field, where a value is absent (and has no
-    default), of the wrong type or out of bounds. A null counts as absent."""
+    """Named values of one file. Each getter raises ModelFileError, naming the field, where a value is absent (and has
+    no default), of the wrong type or out of bounds. A null counts as absent."""
 
     path: Any
     values: Mapping[str, Any]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
+from ..errors import ModelFileError, UnsupportedModelError
 from ..kernels.ops import RopeTable
 from .fields import Fields
 
@@ -22,12 +22,13 @@ MAX_CONTEXT = 1 << 27
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding of the first `rotated` columns of each head (Su et al. 2021), and how it is stretched past its training.
+    """Rotary embedding of the first `rotated` columns of each head (Su et al. 2021), and how it is stretched.
 
     - linear: positions are divided by `factor` (Chen et al. 2023).
-    - llama3: long wavelengths are divided by `factor`, short ones kept, blended between the two `freq_factor` bounds (Llama 3.1).
-    - yarn: the same by rotations within `original_context`, `beta_slow` to `beta_fast`; cos and sin times `attention_factor`
-      (Peng et al. 2023, equations 16-21); `truncate` widens the blend to whole columns.
+    - llama3: frequencies that turn less than `low_freq_factor` times within `original_context` are divided by `factor`,
+      those that turn more than `high_freq_factor` times are kept, those between are blended (Llama 3.1).
+    - yarn: the same between `beta_slow` and `beta_fast` turns, blended by column, with cos and sin times
+      `attention_factor` (Peng et al. 2023, section 3.3); `truncate` widens the blend to whole columns.
     - factors: each frequency is divided by its own entry of `factors` (what GGUF stores for llama3).
     """
 
@@ -93,16 +94,18 @@ _STRETCH = {
 
 
 def read_gguf_rope(fields: Fields, tensors: Mapping[str, Any], head_dim: int, context_length: int) -> RopeSpec:
-    """Rope from a GGUF's `{architecture}.rope.*` keys and its `rope_freqs.weight`. ModelFileError, UnsupportedModelError."""
+    """Rope from a GGUF's `{architecture}.rope.*` keys and its `rope_freqs.weight`.
+
+    Raises ModelFileError for a value that cannot be, UnsupportedModelError for a kind that is not supported.
+    """
     rotated = _rotated(fields, "rope.dimension_count", head_dim)
     theta = fields.number("rope.freq_base", 1.0001, MAX_THETA, default=10000.0)
     kind = fields.text("rope.scaling.type", default="none")
     if "rope_freqs.weight" in tensors:
-        factors = tensors["rope_freqs.weight"].decode()
-        if factors.shape != (rotated // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
-            raise fields.error(
-                "rope_freqs.weight", f"must be {rotated // 2} positive numbers, one a rotated pair, got shape {factors.shape}"
-            )
+        factors, pairs = tensors["rope_freqs.weight"].decode(), rotated // 2
+        if factors.shape != (pairs,) or not (np.isfinite(factors) & (factors > 0)).all():
+            problem = f"must be {pairs} positive numbers, one a rotated pair, got shape {factors.shape}"
+            raise ModelFileError(fields.path, "rope_freqs.weight", problem)
         if kind != "none":
             raise UnsupportedModelError(f"{fields.path}: rope_freqs.weight together with rope scaling {kind!r}")
         return RopeSpec(rotated, "factors", theta, factors=tuple(map(float, factors)))
@@ -128,7 +131,10 @@ def read_gguf_rope(fields: Fields, tensors: Mapping[str, Any], head_dim: int, co
 
 
 def read_hf_rope(fields: Fields, head_dim: int, context_length: int) -> RopeSpec:
-    """Rope from a Hugging Face config: `rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling`."""
+    """Rope from a Hugging Face config: `rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling`.
+
+    Raises as `read_gguf_rope` does.
+    """
     scaling = fields.table("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
     kind = scaling.text("rope_type", default=scaling.text("type", default="default"))
     if kind not in ("default", "linear", "llama3", "yarn"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UnsupportedModelError
+from ..formats.gguf import GGUFFile
+from ..formats.safetensors import Checkpoint
+from ..formats.tensor import Tensor
 from .fields import Fields
 from .rope import MAX_CONTEXT, RopeSpec, read_gguf_rope, read_hf_rope
 
@@ -71,8 +75,8 @@ class ModelSpec:
         return tables + self.layers * self.layer_parameters + self.dim
 
     def flops_per_token(self, context: int) -> int:
-        """Floating-point operations (a multiply-add is two) of the matrix products and attention for the token that makes
-        its sequence `context` tokens long, the head included; norms, biases and activations left out."""
+        """Floating-point operations (a multiply-add is two) for the token that makes its sequence `context` tokens
+        long: matrix products, head included, and attention; norms, biases and activations left out."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         weights = self.layers * self.dim * (2 * q + 2 * kv + 3 * self.ffn_dim) + self.vocab_size * self.dim
         keys = sum(context if window is None else min(context, window) for window in self.windows)
@@ -87,23 +91,26 @@ MAX_FFN = 1 << 20
 MAX_VOCAB = 1 << 22
 
 
-def read_spec(source: Any) -> ModelSpec:
-    """The spec of an opened model: a GGUF (`path`, `metadata`, `tensors`) or a Hugging Face folder (`path`, `config`, `tensors`).
+def read_spec(source: GGUFFile | Checkpoint) -> ModelSpec:
+    """The spec of an opened model.
 
-    Raises ModelFileError for a field that is missing or cannot be, UnsupportedModelError for an architecture or rope that is
-    not supported.
+    Raises ModelFileError for a field that is missing or cannot be, UnsupportedModelError for an architecture,
+    activation or rope that is not supported.
     """
-    if hasattr(source, "metadata"):
+    if isinstance(source, GGUFFile):
         name = Fields(source.path, source.metadata).text("general.architecture")
-        readers = _GGUF_READERS
-    else:
-        name = _hf_architecture(Fields(source.path, source.config))
-        readers = _HF_READERS
+        return _reader(_GGUF_READERS, name, source.path)(source)
+    name = _hf_architecture(Fields(source.path, source.config))
+    return _reader(_HF_READERS, name, source.path)(source)
+
+
+def _reader(readers: Mapping[str, Callable[[Any], ModelSpec]], name: str, path: Path) -> Callable[[Any], ModelSpec]:
     if name not in readers:
+        known = ", ".join(readers)
         raise UnsupportedModelError(
-            f"{source.path}: architecture {name!r:.80} is not supported; supported here: {', '.join(readers)}"
+            f"{path}: architecture {name!r:.80} is not supported; in this kind of file: {known}"
         )
-    return readers[name](source)
+    return readers[name]
 
 
 def _hf_architecture(fields: Fields) -> str:
@@ -113,7 +120,7 @@ def _hf_architecture(fields: Fields) -> str:
     return names[0]
 
 
-def _gguf_llama(source: Any) -> ModelSpec:
+def _gguf_llama(source: GGUFFile) -> ModelSpec:
     fields = Fields(source.path, source.metadata, "llama.")
     head = Fields(source.path, source.metadata)
     dim = fields.integer("embedding_length", 1, MAX_DIM)
@@ -149,13 +156,13 @@ def _gguf_llama(source: Any) -> ModelSpec:
     )
 
 
-def _hf_llama(source: Any) -> ModelSpec:
+def _hf_llama(source: Checkpoint) -> ModelSpec:
     fields = Fields(source.path, source.config)
     biases = fields.boolean("attention_bias", default=False), fields.boolean("mlp_bias", default=False)
     return _hf_decoder(source, "llama", default_context=2048, default_kv_heads=None, window=None, biases=biases)
 
 
-def _hf_mistral(source: Any) -> ModelSpec:
+def _hf_mistral(source: Checkpoint) -> ModelSpec:
     fields = Fields(source.path, source.config)
     # Absent, the window is 4,096; null, there is none.
     window = fields.integer("sliding_window", 1, MAX_CONTEXT, default=4096)
@@ -167,7 +174,7 @@ def _hf_mistral(source: Any) -> ModelSpec:
 
 
 def _hf_decoder(
-    source: Any,
+    source: Checkpoint,
     architecture: str,
     *,
     default_context: int,
@@ -222,7 +229,7 @@ def _kv_heads(fields: Fields, name: str, heads: int, default: int) -> int:
     return kv_heads
 
 
-def _vocab(fields: Fields, name: str, embedding: Any, default: int | None) -> int:
+def _vocab(fields: Fields, name: str, embedding: Tensor, default: int | None) -> int:
     size = fields.integer(name, 1, MAX_VOCAB, default=default)
     if size != embedding.shape[0]:
         raise fields.error(name, f"is {size}, but the embedding has {embedding.shape[0]} rows")

@@ -1,4 +1,4 @@
-"""From a model file's tensors to packed weights: stream -> rename -> reorder -> pack, only what a range of layers needs."""
+"""From a model file's tensors to packed weights: rename -> reorder -> pack, only what a range of layers needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFileError
+from ..formats.gguf import GGUFFile
+from ..formats.safetensors import Checkpoint
 from ..kernels.ops import Array, Matrix, Ops
 from .spec import ModelSpec
 
@@ -39,7 +41,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """Weights of a range of layers. `embedding` is there if the range starts the model, `norm` and `head` if it ends it."""
+    """Weights of a range of layers: with `embedding` if it starts the model, `norm` and `head` if it ends it."""
 
     layers: tuple[LayerWeights, ...]
     embedding: Matrix | None = None
@@ -49,7 +51,7 @@ class DecoderWeights:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one kind of file spells its tensors. `layer` has one {} for the layer's number; `{part}.weight` or `{part}.bias` follows."""
+    """How one kind of file spells its tensors. A layer's are `layer` with its number, a part, and .weight or .bias."""
 
     embedding: str
     norm: str
@@ -58,14 +60,17 @@ class _Layout:
     parts: Mapping[str, str]
     ignored: frozenset[str]  # tensors that say nothing the spec does not
     ignored_ending: str
-    pairs: Callable[[int, int, int], np.ndarray] | None  # the row order that makes rotated pairs (i, i + rotated/2)
+    row_orders: Callable[[ModelSpec], Mapping[str, np.ndarray]]  # by part, where rows are not in RopeTable's order
 
 
-def _adjacent_pairs(heads: int, head_dim: int, rotated: int) -> np.ndarray:
+def _gguf_row_orders(spec: ModelSpec) -> Mapping[str, np.ndarray]:
     """GGUF's llama rotates rows (2i, 2i + 1) of each head; this order of its rows makes them (i, i + rotated/2)."""
-    head = np.arange(head_dim)
-    head[:rotated] = np.arange(rotated).reshape(-1, 2).T.ravel()
-    return (np.arange(heads)[:, None] * head_dim + head).ravel()
+    head = np.arange(spec.head_dim)
+    head[: spec.rope.rotated] = np.arange(spec.rope.rotated).reshape(-1, 2).T.ravel()
+    return {
+        part: (np.arange(heads)[:, None] * spec.head_dim + head).ravel()
+        for part, heads in (("q", spec.heads), ("k", spec.kv_heads))
+    }
 
 
 _GGUF = _Layout(
@@ -86,7 +91,7 @@ _GGUF = _Layout(
     },
     ignored=frozenset({"rope_freqs.weight"}),
     ignored_ending=".attn_rot_embd",
-    pairs=_adjacent_pairs,
+    row_orders=_gguf_row_orders,
 )
 
 _HF = _Layout(
@@ -107,17 +112,17 @@ _HF = _Layout(
     },
     ignored=frozenset(),
     ignored_ending=".rotary_emb.inv_freq",
-    pairs=None,
+    row_orders=lambda spec: {},
 )
 
 
-def load_weights(source: Any, spec: ModelSpec, ops: Ops, layers: range) -> DecoderWeights:
-    """Pack the weights of `layers` from an opened model (as `read_spec` takes it) into `ops`' own form, on all cores.
+def load_weights(source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layers: range) -> DecoderWeights:
+    """Pack the weights of `layers` from an opened model into `ops`' own form, on all cores.
 
-    The names and shapes of all tensors are checked first, against the spec, before any is read; the rest of the file is not
-    touched. Raises ModelFileError for a tensor that is missing, of another shape, or unknown.
+    Names and shapes of all tensors are checked against the spec before any is read; what `layers` do not need is never
+    read. Raises ModelFileError for a tensor that is missing, of another shape, or unknown.
     """
-    layout = _GGUF if hasattr(source, "metadata") else _HF
+    layout = _GGUF if isinstance(source, GGUFFile) else _HF
     _check(source, spec, layout)
     tensors = source.tensors
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -132,16 +137,13 @@ def load_weights(source: Any, spec: ModelSpec, ops: Ops, layers: range) -> Decod
         embedding = pack(layout.embedding) if first else None
         head = (embedding if first and spec.tied else pack(head_name)) if last else None
         norm = pack(layout.norm) if last else None
-        orders = {} if layout.pairs is None else {
-            "q": layout.pairs(spec.heads, spec.head_dim, spec.rope.rotated),
-            "k": layout.pairs(spec.kv_heads, spec.head_dim, spec.rope.rotated),
-        }  # fmt: skip
-        packed = [
-            {field: pack(name, orders.get(field.removesuffix("_bias"))) for field, name, _ in _layer(spec, layout, layer)}
+        orders = layout.row_orders(spec)
+        jobs = [
+            {part: pack(name, orders.get(part.removesuffix("_bias"))) for part, name, _ in _layer(spec, layout, layer)}
             for layer in layers
         ]
         return DecoderWeights(
-            layers=tuple(LayerWeights(**{field: job.result() for field, job in jobs.items()}) for jobs in packed),
+            layers=tuple(LayerWeights(**{part: job.result() for part, job in layer.items()}) for layer in jobs),
             embedding=embedding and embedding.result(),
             norm=norm and norm.result(),
             head=head and head.result(),
@@ -170,7 +172,7 @@ def _layer(spec: ModelSpec, layout: _Layout, layer: int) -> Iterator[tuple[str, 
             yield f"{field}_bias", f"{name}.bias", shape[:1]
 
 
-def _check(source: Any, spec: ModelSpec, layout: _Layout) -> None:
+def _check(source: GGUFFile | Checkpoint, spec: ModelSpec, layout: _Layout) -> None:
     shapes = {layout.embedding: (spec.vocab_size, spec.dim), layout.norm: (spec.dim,)}
     if not spec.tied:
         shapes[layout.head] = (spec.vocab_size, spec.dim)
@@ -186,4 +188,4 @@ def _check(source: Any, spec: ModelSpec, layout: _Layout) -> None:
     known = shapes.keys() | layout.ignored | {layout.head}
     for name in source.tensors:
         if name not in known and not name.endswith(layout.ignored_ending):
-            raise ModelFileError(source.path, name, "is not a tensor of this architecture; the model may be of another one")
+            raise ModelFileError(source.path, name, "is no tensor of this architecture; the model may be of another")
