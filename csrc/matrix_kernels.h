@@ -32,6 +32,7 @@ constexpr bool scale_tables = false;
 #endif
 constexpr int block_groups = 18;    // of inputs, unpacked at a time
 constexpr int partial_rows = 128;   // rows whose sums wait between blocks of inputs
+constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
 
 // Calls f.operator()<R>() for R = r, 1 <= r <= Max.
 template <int Max, class F>
@@ -419,6 +420,80 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
     multiply_direct<format>(p, row0, row1, tile0, tile1);
 }
 
+// ---- float weights
+
+template <Format format>
+struct FloatWeights {  // F32, F16: one input at a time
+    static constexpr int step = 1;
+    static constexpr int64_t bytes = format == Format::F32 ? 64 : 32;
+    using Row = const float*;
+    static Floats weights(const uint8_t* p) {
+        if constexpr (format == Format::F32) return load((const float*)p);
+        else return load((const Half*)p);
+    }
+    static Floats add(Floats acc, Floats w, Row x, int64_t k) { return fused(all(x[k]), w, acc); }
+};
+
+template <>
+struct FloatWeights<Format::BF16> {  // two inputs at a time
+    static constexpr int step = 2;
+    static constexpr int64_t bytes = 64;
+    using Row = const uint32_t*;
+    static Words weights(const uint8_t* p) { return load_words((const uint32_t*)p); }
+    static Floats add(Floats acc, Words w, Row x, int64_t k) { return BF16Dot::dot(acc, all_words(x[k]), w); }
+};
+
+template <Format format, int R, int tiles>
+__attribute__((noinline)) void float_rows_of(const uint8_t* packed, int64_t tile_bytes, int64_t steps, const uint8_t* x, int64_t stride,
+                                             float* partial, bool first) {
+    using W = FloatWeights<format>;
+    Floats acc[R][tiles];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) acc[r][t] = first ? zero() : load(partial + (r * tiles + t) * 16);
+    for (int64_t k = 0; k < steps; k++, packed += W::bytes) {
+        decltype(W::weights(packed)) w[tiles];
+        for (int t = 0; t < tiles; t++) w[t] = W::weights(packed + t * tile_bytes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < tiles; t++) acc[r][t] = W::add(acc[r][t], w[t], (typename W::Row)(x + r * stride), k);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) store(partial + (r * tiles + t) * 16, acc[r][t]);
+}
+
+template <Format format, int tiles>
+void multiply_float_tiles(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
+    using W = FloatWeights<format>;
+    const PackedMatrix& w = *p.weight;
+    alignas(64) float partial[partial_rows * tiles * 16];
+    const int64_t steps = (w.cols + W::step - 1) / W::step;
+    for (int64_t from = 0; from < steps; from += float_block) {
+        const int64_t count = std::min<int64_t>(float_block, steps - from);
+        even_pieces(row1 - row0, float_rows, [&](int64_t first, int64_t rows) {
+            with_rows<float_rows>(int(rows), [&]<int R>() {
+                float_rows_of<format, R, tiles>(w.data + size_t(tile) * w.tile_bytes + from * W::bytes, int64_t(w.tile_bytes), count,
+                                                p.x->row(row0 + first) + from * 4, p.x->row_bytes, partial + first * tiles * 16, from == 0);
+            });
+        });
+    }
+    for (int t = 0; t < tiles; t++) {
+        const Output out(p, row0, tile + t);
+        for (int64_t r = 0; r < row1 - row0; r++) out.put(r, load(partial + (r * tiles + t) * 16));
+    }
+}
+
+template <Format format>
+void multiply_float(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
+    for (int64_t from = row0; from < row1; from += partial_rows) {
+        const int64_t to = std::min<int64_t>(row1, from + partial_rows);
+        int64_t tile = tile0;
+        for (; tile + float_tiles <= tile1; tile += float_tiles) multiply_float_tiles<format, float_tiles>(p, from, to, tile);
+        for (; tile < tile1; tile++) multiply_float_tiles<format, 1>(p, from, to, tile);
+    }
+}
+
 // ---- activations
 
 inline void quantise_group_row(const Activation& a, int64_t row, const float* x) {
@@ -475,7 +550,9 @@ void multiply(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64
         case Format::Q5_K: return multiply_quantised<Format::Q5_K>(p, row0, row1, tile0, tile1);
         case Format::Q6_K: return multiply_quantised<Format::Q6_K>(p, row0, row1, tile0, tile1);
         case Format::IQ4_NL: return multiply_quantised<Format::IQ4_NL>(p, row0, row1, tile0, tile1);
-        default: return;
+        case Format::F32: return multiply_float<Format::F32>(p, row0, row1, tile0, tile1);
+        case Format::F16: return multiply_float<Format::F16>(p, row0, row1, tile0, tile1);
+        case Format::BF16: return multiply_float<Format::BF16>(p, row0, row1, tile0, tile1);
     }
 }
 
