@@ -89,7 +89,20 @@ def test_shards_in_a_hub_cache_are_links_to_blobs(tmp_path: Path):
     assert_holds(open_safetensors(snapshot), weights())
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "/x.safetensors", "sub/x.safetensors", "..", "", ".", "a\0.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "/x.safetensors",
+        "sub/x.safetensors",
+        "..",
+        "",
+        ".",
+        "a\0.safetensors",
+        "x.bin",
+    ],
+)
 def test_a_shard_name_that_leaves_the_folder(tmp_path: Path, name: str):
     save_file(weights(), tmp_path / "x.safetensors")
     names = shards(tmp_path / "m")
@@ -189,7 +202,9 @@ def test_the_good_neighbours_of_malformed_files(tmp_path: Path):
 def test_unsupported(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw({"w": entry(), "q.scale": entry("F8_E4M3", [8], [8, 16])}, bytes(16)))
-    with pytest.raises(UnsupportedModelError, match=r"tensor q\.scale: dtype F8_E4M3 is not supported; use one of F32, F16, BF16"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"tensor q\.scale: dtype F8_E4M3 is not supported; use one of F32, F16, BF16"
+    ):
         open_safetensors(path)
 
 
@@ -216,7 +231,13 @@ GOOD = raw({"__metadata__": {"a": "b"}, "w": entry(), "h": entry("BF16", [2, 3],
 
 
 @settings(max_examples=400, deadline=2000)
-@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.sampled_from(b'0123456789-eE.[]{}",:xtfn\0\xff')), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(GOOD) - 1), st.sampled_from(b'0123456789-eE.[]{}",:xtfn\0\xff')),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_mutations_end_in_a_file_or_a_typed_error(tmp_path_factory, changes):
     data = bytearray(GOOD)
     for at, byte in changes:
@@ -254,7 +275,9 @@ def test_read_json(tmp_path: Path):
 
 def test_code_that_a_config_names_is_never_run(tmp_path: Path):
     (tmp_path / "modeling_x.py").write_text("raise SystemExit('run')")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "modeling_x.Model"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "modeling_x.Model"}})
+    )
     with pytest.warns(UserWarning, match="auto_map"):
         assert read_config(tmp_path) == {"model_type": "llama"}
 

@@ -17,7 +17,7 @@ from headrace.formats.tensor import TENSOR_TYPES, Tensor, map_file
 
 
 def random_tensor(name: str, rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Random bytes: any bytes are blocks of a quantised type, with scales of every size, infinities and NaN among them."""
+    """Random bytes, which are blocks of any type: scales of every size, infinities and NaN are among them."""
     type = TENSOR_TYPES[name]
     data = np.random.default_rng(seed).integers(0, 256, rows * type.row_bytes(columns), dtype=np.uint8)
     data.flags.writeable = False
@@ -77,17 +77,6 @@ def test_misaligned_floats_are_decoded_aligned():
     assert decoded.flags.aligned and decoded.tobytes() == data.tobytes()
 
 
-def test_every_tensor_of_a_real_file(smollm2: Path):
-    ours, theirs = open_gguf(smollm2).tensors, gguf.GGUFReader(smollm2).tensors
-    assert list(ours) == [tensor.name for tensor in theirs]
-    for expected in theirs[:20]:
-        tensor = ours[expected.name]
-        assert tensor.shape == tuple(int(dim) for dim in expected.shape[::-1])
-        assert tensor.type.name == expected.tensor_type.name
-        assert tensor.data.tobytes() == np.asarray(expected.data).tobytes()
-        assert np.array_equal(tensor.decode(), gguf.quants.dequantize(np.asarray(expected.data), expected.tensor_type))
-
-
 def test_data_is_a_read_only_map(smollm2: Path):
     tensor = open_gguf(smollm2).tensors["blk.0.attn_q.weight"]
     assert not tensor.data.flags.writeable and not tensor.data.flags.owndata
@@ -98,7 +87,14 @@ def test_data_is_a_read_only_map(smollm2: Path):
 def test_what_cannot_be_mapped(tmp_path: Path):
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "empty", tmp_path / "pipe", tmp_path, Path("/dev/zero"), Path("a\0b"), tmp_path / ("x" * 300)):
+    for path in (
+        tmp_path / "empty",
+        tmp_path / "pipe",
+        tmp_path,
+        Path("/dev/zero"),
+        Path("a\0b"),
+        tmp_path / ("x" * 300),
+    ):
         with pytest.raises(ModelFileError):
             map_file(path)
     with pytest.raises(ModelNotFoundError):
