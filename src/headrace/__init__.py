@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import HeadraceError
     from .async_llm import AsyncLLM
     from .completion import Output
+    from .errors import HeadraceError
     from .llm import LLM
     from .types import SamplingParams
 
