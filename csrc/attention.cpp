@@ -1,0 +1,45 @@
+#include "attention.h"
+
+namespace headrace {
+
+#define HEADRACE_DECLARE(isa)                            \
+    namespace isa {                                      \
+    const AttentionKernels& attention_table(KvType type); \
+    size_t attention_scratch(int dim);                   \
+    }
+HEADRACE_DECLARE(portable)
+#if defined(__x86_64__)
+HEADRACE_DECLARE(avx2)
+HEADRACE_DECLARE(avx512)
+#endif
+
+KvLayout kv_layout(KvType type, int layers, int page_size, int kv_heads, int head_dim) {
+    constexpr int element_bytes[] = {4, 2, 2, 1};
+    KvLayout layout{type, page_size, kv_heads, head_dim, (head_dim + 15) / 16 * 16, 0, 0, 0, 0, 0};
+    layout.plane_bytes = size_t(layout.dim) * kTile * size_t(element_bytes[int(type)]);
+    layout.tile_bytes = 2 * layout.plane_bytes + (type == KvType::i8 ? 2 * kTile * sizeof(float) : 0);
+    layout.head_bytes = layout.tile_bytes * size_t(page_size / kTile);
+    layout.page_bytes = layout.head_bytes * size_t(kv_heads);
+    layout.page_stride = layout.page_bytes * size_t(layers);
+    return layout;
+}
+
+const AttentionKernels& attention_kernels(Isa isa, KvType type) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::attention_table(type);
+    if (isa == Isa::avx2) return avx2::attention_table(type);
+#endif
+    (void)isa;
+    return portable::attention_table(type);
+}
+
+size_t attention_scratch_bytes(Isa isa, int dim) {
+#if defined(__x86_64__)
+    if (isa == Isa::avx512) return avx512::attention_scratch(dim);
+    if (isa == Isa::avx2) return avx2::attention_scratch(dim);
+#endif
+    (void)isa;
+    return portable::attention_scratch(dim);
+}
+
+}  // namespace headrace

@@ -1,0 +1,69 @@
+// Paged keys and values, and causal grouped-query attention over them.
+//
+// Keys are taken in blocks of kSplit positions that start at multiples of kSplit. For one query and one block:
+//     s_t = softcap(scale * q . k_t) / ln 2, sums over head_dim ascending        m = max s_t       p_t = 2^(s_t - m)
+//     l = sum p_t in 16 lanes by t mod 16, ascending, then halving               o = sum p_t v_t, t ascending
+// and blocks are merged in ascending order: m' = max(m, m_b), a = 2^(m - m'), b = 2^(m_b - m'), l = fma(l, a, l_b * b), o likewise.
+// So a row has the same bits whichever chunk, page, batch or thread it is computed in. With float32 and float16 storage, products are
+// of floats; with bfloat16 and int8 storage, q and p (times v's scale) are rounded to bfloat16, in which int8 codes are exact.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace headrace {
+
+constexpr int kSplit = 256;        // positions in a block of keys
+constexpr int kTile = 16;          // tokens that lie together in a page
+constexpr int kQueries = 24;      // query vectors (row, head) that one unit of work takes at most
+constexpr int kMaxHeadDim = 512;
+
+enum class KvType : uint8_t { f32, f16, bf16, i8 };
+
+// A page holds, per KV head, page_size / 16 tiles of 16 tokens. A tile: keys [head_dim / w][16][w], values [16 / w][head_dim][w] with
+// w = 2 elements (bfloat16, int8) or 1 (float32, float16) to a word; for int8 then 16 float key scales and 16 value scales.
+struct KvLayout {
+    KvType type;
+    int page_size, kv_heads, head_dim;
+    int dim;  // head_dim padded to 16; padding stays 0
+    size_t plane_bytes, tile_bytes, head_bytes, page_bytes;
+    size_t page_stride;  // from one page of a layer to the next: a page's layers lie together
+};
+KvLayout kv_layout(KvType type, int layers, int page_size, int kv_heads, int head_dim);
+
+// Attention of one layer, for one chunk.
+struct AttentionCall {
+    const KvLayout* layout;
+    uint8_t* cache;        // page 0 of the layer
+    const int32_t* pages;  // of the chunk's sequence, from position 0 on
+    float scale;
+    int window;     // 0: none
+    float softcap;  // 0: none
+};
+
+inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t slot, int kv_head) {
+    const int64_t page = slot / layout.page_size, offset = slot % layout.page_size;
+    return cache + size_t(page) * layout.page_stride + size_t(kv_head) * layout.head_bytes + size_t(offset / kTile) * layout.tile_bytes;
+}
+
+// Floats of the running or partial result of `queries` query vectors: m, l, o [dim] of each.
+inline size_t state_floats(int queries, int dim) { return size_t(queries) * size_t(2 + dim); }
+size_t attention_scratch_bytes(Isa isa, int dim);
+
+struct AttentionKernels {
+    // Stores one token's key and value (float32 [head_dim]) at place `offset` of a tile.
+    void (*store)(const KvLayout& layout, uint8_t* tile, int offset, const float* k, const float* v);
+    // Query vectors as words in scratch, for `partial`.
+    void (*prepare)(const AttentionCall& call, const float* const* q, int count, uint8_t* scratch);
+    // (m, l, o) of `count` prepared query vectors at `positions` over key block `block`; m is -inf where a query sees none of it.
+    void (*partial)(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, uint8_t* scratch, float* out);
+    // state = merge(state, part); `first`: state = part.
+    void (*merge)(float* state, const float* part, int count, int dim, bool first);
+    // out[i] = o / l, head_dim floats.
+    void (*finish)(const float* state, int count, int dim, int head_dim, float* const* out);
+};
+const AttentionKernels& attention_kernels(Isa isa, KvType type);
+
+}  // namespace headrace

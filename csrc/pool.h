@@ -1,0 +1,69 @@
+// One pool of compute threads for a process. Jobs queue, and run one after the other on all of its threads at once.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace headrace {
+
+class Pool;
+
+// A thread's part in a job. A job is a series of phases; in a phase the threads share out pieces, and a barrier ends it.
+class Worker {
+  public:
+    Worker(Pool& pool, int index) : index(index), pool_(pool), first_(index) {}
+
+    const int index;
+    int count() const;
+
+    // The next piece of this phase that nobody has taken, or a number >= pieces. Ends at the barrier.
+    int claim();
+    // Waits until every thread is here; what they wrote before it is seen after it.
+    void barrier();
+
+  private:
+    Pool& pool_;
+    int first_;  // the first piece of a phase is the thread's own index, so that it costs no atomic; -1 once taken
+};
+
+class Pool {
+  public:
+    using Job = std::function<void(Worker&)>;  // must not throw, and must reach the same barriers on every thread
+
+    explicit Pool(int threads);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int threads() const { return int(threads_.size()); }
+
+    // Queues a job and returns its ticket; waits where kQueue jobs are queued already.
+    uint32_t submit(Job job);
+    bool done(uint32_t ticket) const { return int32_t(completed_.load(std::memory_order_acquire) - ticket) >= 0; }
+    void wait(uint32_t ticket) const;
+    void run(Job job) { wait(submit(std::move(job))); }
+
+  private:
+    friend class Worker;
+    static constexpr uint32_t kQueue = 64;
+
+    void work(int index);
+    void wait_for_job(uint32_t ticket);
+
+    std::mutex submitting_;
+    std::array<Job, kQueue> jobs_;                   // job of ticket t at t % kQueue
+    alignas(64) std::atomic<uint32_t> published_{0};  // tickets count from 1
+    alignas(64) std::atomic<uint32_t> completed_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int> next_piece_{0};
+    std::atomic<bool> stopping_{false};
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace headrace

@@ -1,0 +1,62 @@
+// Loops of the probes for one instruction set: included by probe_<isa>.cpp, which sets HEADRACE_ISA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace headrace::HEADRACE_ISA {
+
+// Reads `bytes` (a multiple of 512); the result only keeps the reads alive.
+uint64_t probe_read(const uint8_t* data, size_t bytes) {
+#if defined(__AVX512F__)
+    __m512i sums[8] = {};
+    for (size_t i = 0; i < bytes; i += 512)
+        for (int j = 0; j < 8; ++j) sums[j] = _mm512_xor_si512(sums[j], _mm512_load_si512(data + i + 64 * j));
+    for (int j = 1; j < 8; ++j) sums[0] = _mm512_xor_si512(sums[0], sums[j]);
+    return uint64_t(_mm512_reduce_or_epi64(sums[0]));
+#else
+    uint64_t sums[16] = {};
+    for (size_t i = 0; i < bytes; i += 128)
+        for (int j = 0; j < 16; ++j) sums[j] ^= ((const uint64_t*)(data + i))[j];
+    for (int j = 1; j < 16; ++j) sums[0] |= sums[j];
+    return sums[0];
+#endif
+}
+
+// Runs `rounds` rounds of int8 products and returns the operations in a round.
+int probe_int8(int rounds, int32_t* out) {
+#if defined(__AVX512VNNI__)
+    __m512i sums[16] = {}, x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
+    for (int i = 0; i < rounds; ++i) {
+        for (int j = 0; j < 16; ++j) sums[j] = _mm512_dpbusd_epi32(sums[j], x, y);
+        asm volatile("" : "+v"(x), "+v"(y));
+    }
+    for (int j = 0; j < 16; ++j) out[j] = _mm512_reduce_add_epi32(sums[j]);
+    return 16 * 64 * 2;
+#elif defined(__AVX2__)
+    __m256i sums[8] = {}, x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < rounds; ++i) {
+        for (int j = 0; j < 8; ++j) sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
+        asm volatile("" : "+x"(x), "+x"(y));
+    }
+    for (int j = 0; j < 8; ++j) out[j] = _mm256_extract_epi32(sums[j], 0);
+    return 8 * 32 * 2;
+#else
+    int8_t x[64];
+    for (int j = 0; j < 64; ++j) x[j] = int8_t(j);
+    int32_t sums[16] = {};
+    for (int i = 0; i < rounds; ++i) {
+        for (int j = 0; j < 64; ++j) sums[j % 16] += int32_t(x[j]) * int32_t(int8_t(i));
+        asm volatile("" : : "r"(x) : "memory");
+    }
+    for (int j = 0; j < 16; ++j) out[j] = sums[j];
+    return 64 * 2;
+#endif
+}
+
+}  // namespace headrace::HEADRACE_ISA

@@ -1,0 +1,232 @@
+#include "program.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+
+namespace headrace {
+namespace {
+
+constexpr size_t kPartialBytes = size_t(64) << 20;  // at most, for results of single blocks of keys
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+void require(bool holds, const char* what, long long found, long long limit) {
+    if (!holds) throw std::invalid_argument(std::string(what) + ": " + std::to_string(found) + ", but the program holds " + std::to_string(limit));
+}
+
+}  // namespace
+
+// ---- attention's units
+
+void AttentionPlan::build(const Step& step, int workers, int max_partials) {
+    units.clear();
+    joins.clear();
+    const int queries_a_row = heads / kv_heads;
+    auto parts = [&](int chunk) {
+        return ((step.chunk_rows[size_t(chunk) + 1] - step.chunk_rows[size_t(chunk)]) * queries_a_row + kQueries - 1) / kQueries;
+    };
+    int whole_units = 0;
+    single = true;
+    for (int c = 0; c < step.chunks(); ++c) {
+        whole_units += parts(c) * kv_heads;
+        single = single && step.chunk_rows[size_t(c) + 1] - step.chunk_rows[size_t(c)] == 1 && parts(c) == 1;
+    }
+    const bool split = whole_units < 4 * workers;
+    int partials = 0;
+    for (int c = 0; c < step.chunks(); ++c) {
+        const int first_row = step.chunk_rows[size_t(c)], queries = (step.chunk_rows[size_t(c) + 1] - first_row) * queries_a_row;
+        for (int part = parts(c) - 1; part >= 0; --part) {  // later rows see more keys: they go first
+            const int first = part * kQueries, count = std::min(kQueries, queries - first);
+            const int first_position = step.positions[size_t(first_row + first / queries_a_row)];
+            const int last_position = step.positions[size_t(first_row + (first + count - 1) / queries_a_row)];
+            const int first_block = window > 0 ? std::max(0, first_position - window + 1) / kSplit : 0, past_block = last_position / kSplit + 1;
+            const int blocks = past_block - first_block;
+            for (int head = 0; head < kv_heads; ++head) {
+                if (!split || blocks == 1 || partials + blocks > max_partials) {
+                    units.push_back({c, head, first, count, first_block, past_block, -1});
+                    continue;
+                }
+                joins.push_back({partials, first_block, blocks});
+                partials += blocks;
+                for (int block = past_block - 1; block >= first_block; --block)
+                    units.push_back({c, head, first, count, block, block + 1, int(joins.size()) - 1});
+            }
+        }
+    }
+}
+
+// ---- recording
+
+Program::Program(Pool& pool, Isa isa, Limits limits)
+    : pool(pool), isa(isa), limits(std::move(limits)), matrix(kernels(isa)), rows_of(row_kernels(isa)), last_tokens(size_t(this->limits.slots), 0),
+      group_slots_(this->limits.pages.size(), 0), page_sizes_(this->limits.pages.size(), 0) {}
+
+Program::~Program() = default;
+
+SlotId Program::add_slot(int width, RowSpace space) {
+    slots_.push_back({width, space, nullptr});
+    return SlotId(slots_.size()) - 1;
+}
+
+int Program::add_angles(std::vector<float> inv_freq, float scale) {
+    angles_.push_back({std::move(inv_freq), scale, nullptr});
+    return int(angles_.size()) - 1;
+}
+
+const float* Program::keep(std::vector<float> values) {
+    kept_.push_back(std::make_unique<std::vector<float>>(std::move(values)));
+    return kept_.back()->data();
+}
+
+int Program::plan(int group, int heads, int kv_heads, int window) {
+    AttentionPlan plan{group, heads, kv_heads, window, {}, {}, false};
+    for (size_t i = 0; i < plans_.size(); ++i)
+        if (plans_[i].same(plan)) return int(i);
+    plans_.push_back(std::move(plan));
+    return int(plans_.size()) - 1;
+}
+
+void Program::need_activations(int rows, const std::vector<Recipe>& recipes, int cols) {
+    size_t shared = 0, own = 0;
+    for (Recipe recipe : recipes) {
+        shared += aligned(activation_bytes(recipe, rows, cols));
+        own += aligned(activation_bytes(recipe, kPrivateRows, cols));
+    }
+    activation_bytes_ = std::max(activation_bytes_, shared);
+    private_bytes_ = std::max(private_bytes_, own);
+}
+
+void Program::need_attention(int dim) { attention_dim_ = std::max(attention_dim_, dim); }
+
+void Program::use_kv(int group, const KvPool& pool) {
+    group_slots_.at(size_t(group)) = int64_t(pool.pages) * pool.layout.page_size;
+    page_sizes_.at(size_t(group)) = pool.layout.page_size;
+}
+
+void Program::finish(SlotId hidden, SlotId output) {
+    hidden_ = hidden, output_ = output;
+    int widest = 0, most_blocks = 1;
+    for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
+    for (size_t g = 0; g < limits.pages.size(); ++g) most_blocks = std::max(most_blocks, limits.pages[g] * page_sizes_[g] / kSplit + 1);
+
+    partial_floats_ = aligned(state_floats(kQueries, attention_dim_) * 4) / 4;
+    if (attention_dim_ > 0) {
+        attention_bytes_ = aligned(attention_scratch_bytes(isa, attention_dim_));
+        max_partials_ = int(std::min<size_t>(kPartialBytes / (partial_floats_ * 4), size_t(4) * size_t(pool.threads()) * size_t(most_blocks)));
+        partials_ = std::make_unique<Memory>(size_t(max_partials_) * partial_floats_ * 4);
+        joined_ = std::make_unique<std::atomic<int>[]>(size_t(max_partials_) + 1);
+    }
+    auto rows_in = [&](RowSpace space) { return size_t(space == RowSpace::all ? limits.rows : limits.logits); };
+    const size_t row_bytes = aligned(size_t(widest) * 4);
+    const size_t of_a_thread = private_bytes_ + row_bytes + aligned(tile_floats_ * 4) + attention_bytes_ + 2 * partial_floats_ * 4 +
+                               aligned(size_t(kQueries) * size_t(attention_dim_) * 4);
+    size_t bytes = aligned(activation_bytes_) + of_a_thread * size_t(pool.threads());
+    for (const Slot& slot : slots_) bytes += aligned(size_t(slot.width) * rows_in(slot.space) * 4);
+    for (const AngleTable& table : angles_) bytes += aligned(table.inv_freq.size() * 2 * size_t(limits.rows) * 4);
+    arena_ = std::make_unique<Memory>(bytes);
+
+    uint8_t* at = arena_->data();
+    auto take = [&](size_t size) {
+        uint8_t* begin = at;
+        at += aligned(size);
+        return begin;
+    };
+    activations_ = take(activation_bytes_);
+    for (Slot& slot : slots_) slot.data = (float*)take(size_t(slot.width) * rows_in(slot.space) * 4);
+    for (AngleTable& table : angles_) table.data = (float*)take(table.inv_freq.size() * 2 * size_t(limits.rows) * 4);
+    scratch_.resize(size_t(pool.threads()));
+    for (Scratch& scratch : scratch_) {
+        scratch.activations = take(private_bytes_);
+        scratch.row = (float*)take(row_bytes);
+        scratch.tile = (float*)take(tile_floats_ * 4);
+        scratch.attention = take(attention_bytes_);
+        scratch.state = (float*)take(partial_floats_ * 4);
+        scratch.partial = (float*)take(partial_floats_ * 4);
+        scratch.queries = (float*)take(size_t(kQueries) * size_t(attention_dim_) * 4);
+        scratch.best.resize(size_t(limits.logits));
+    }
+}
+
+// ---- running
+
+void Program::check(const Step& step) const {
+    const int rows = step.rows(), chunks = step.chunks(), logits = step.logits();
+    require(rows >= 1 && rows <= limits.rows, "rows of the step", rows, limits.rows);
+    require(chunks >= 1 && chunks <= limits.chunks, "chunks of the step", chunks, limits.chunks);
+    require(logits <= limits.logits, "rows of logits of the step", logits, limits.logits);
+    require(int(step.tokens.size()) == (vocab ? rows : 0), "tokens of the step", (long long)step.tokens.size(), vocab ? rows : 0);
+    require(int(step.samples.size()) == logits, "sample specs of the step", (long long)step.samples.size(), logits);
+    require(step.groups.size() == limits.pages.size(), "KV groups of the step", (long long)step.groups.size(), (long long)limits.pages.size());
+    const size_t hidden = hidden_ >= 0 ? size_t(slot(hidden_).width) * size_t(rows) : 0;
+    require(step.hidden.size() == hidden, "hidden values of the step", (long long)step.hidden.size(), (long long)hidden);
+    for (int32_t token : step.tokens) {
+        require(token < vocab, "token id", token, vocab);
+        require(token >= -limits.slots, "slot of a late token", -1 - (long long)token, limits.slots);
+    }
+    require(step.chunk_rows.front() == 0, "first row of the first chunk", step.chunk_rows.front(), 0);
+    require(step.chunk_rows.back() == rows, "rows of the chunks", step.chunk_rows.back(), rows);
+    for (int c = 0; c < chunks; ++c) {
+        const int first = step.chunk_rows[size_t(c)], past = step.chunk_rows[size_t(c) + 1];
+        require(past > first && past <= rows, "end of a chunk that starts at row " , past, first);
+        for (int r = first; r < past; ++r)
+            require(step.positions[size_t(r)] == step.positions[size_t(first)] + (r - first) && step.positions[size_t(r)] >= 0,
+                    "position of a row, which must follow the one before it", step.positions[size_t(r)], r);
+    }
+    for (int32_t row : step.logit_rows) require(row >= 0 && row < rows, "row of logits", row, rows);
+    for (const SampleSpec& spec : step.samples) require(spec.slot >= -1 && spec.slot < limits.slots, "slot of a sampled token", spec.slot, limits.slots);
+    for (size_t g = 0; g < step.groups.size(); ++g) {
+        if (group_slots_[g] == 0) continue;
+        const Step::Group& group = step.groups[g];
+        require(int(group.slots.size()) == rows, "KV slots of the step", (long long)group.slots.size(), rows);
+        require(int(group.pages.size()) == chunks * group.width, "page table entries of the step", (long long)group.pages.size(), (long long)chunks * group.width);
+        require(group.width <= limits.pages[g], "pages of a sequence", group.width, limits.pages[g]);
+        for (int64_t slot : group.slots) require(slot >= 0 && slot < group_slots_[g], "KV slot", slot, group_slots_[g]);
+        for (int32_t page : group.pages) require(page >= 0 && int64_t(page) * page_sizes_[g] < group_slots_[g], "page", page, group_slots_[g] / page_sizes_[g]);
+        for (int c = 0; c < chunks; ++c) {
+            const int32_t last = step.positions[size_t(step.chunk_rows[size_t(c) + 1]) - 1];
+            require(last / page_sizes_[g] < group.width, "page of a chunk's last row", last / page_sizes_[g], group.width);
+        }
+    }
+}
+
+void Program::submit(const std::shared_ptr<Program>& program, const std::shared_ptr<Step>& step) {
+    program->check(*step);
+    step->ticket = program->pool.submit([program, step](Worker& worker) { program->run(*step, worker); });
+}
+
+void Program::run(Step& step, Worker& worker) {
+    if (worker.index == 0) step.started = now();
+    begin(step, worker);
+    for (size_t i = 0; i < instructions_.size(); ++i) {
+        if (i > 0 || !instructions_[i]->starts_alone()) worker.barrier();
+        instructions_[i]->run(*this, step, worker);
+    }
+    end(step, worker);
+    if (worker.index == 0) step.ended = now();
+}
+
+// Whatever the instructions share: shared out without claim(), which the first instruction may use in the same phase.
+void Program::begin(Step& step, Worker& worker) {
+    const int rows = step.rows(), threads = worker.count();
+    for (size_t i = 0; i < plans_.size(); ++i)
+        if (int(i) % threads == threads - 1 - worker.index % threads) plans_[i].build(step, threads, max_partials_);
+    for (int r = worker.index; r < rows; r += threads)
+        for (const AngleTable& table : angles_)
+            rows_of.rope_angles(step.positions[size_t(r)], table.inv_freq.data(), table.scale, table.half(), table.data + size_t(r) * table.inv_freq.size() * 2);
+    if (hidden_ < 0) return;
+    const Slot& hidden = slot(hidden_);
+    for (int r = worker.index; r < rows; r += threads)
+        std::memcpy(hidden.row(r), step.hidden.data() + size_t(r) * size_t(hidden.width), size_t(hidden.width) * 4);
+}
+
+void Program::end(Step& step, Worker& worker) {
+    if (output_ < 0) return;
+    worker.barrier();
+    const Slot& output = slot(output_);
+    for (int r = worker.index; r < rows(step, output_); r += worker.count())
+        std::memcpy(step.output.data() + size_t(r) * size_t(output.width), output.row(r), size_t(output.width) * 4);
+}
+
+}  // namespace headrace

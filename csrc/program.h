@@ -1,0 +1,208 @@
+// A model's layers as a flat list of instructions, recorded once (kernels/native.py) and replayed for every step.
+//
+// Operands are slots: buffers of float32 [rows][width], bound when the program is finished. How many rows a step has is known only
+// when it runs. A step is one job of the pool: all threads walk through the instructions together, share out each one's work and
+// meet at a barrier after it.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "matrix.h"
+#include "memory.h"
+#include "pool.h"
+#include "sampling.h"
+
+namespace headrace {
+
+// What a program can hold of one step.
+struct Limits {
+    int rows, logits, chunks, slots;  // rows in all, rows that the head computes, chunks, slots of last_tokens
+    std::vector<int> pages;           // of each KV group: pages of a sequence at most
+};
+
+// A packed weight and the memory it lies in.
+struct Weight {
+    PackedMatrix matrix;
+    std::shared_ptr<Memory> memory;
+};
+
+// One KV group's pages: a page holds page_size tokens of all its layers.
+struct KvPool {
+    KvLayout layout;
+    int layers, pages;
+    Memory memory;
+
+    KvPool(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim)
+        : layout(kv_layout(type, layers, page_size, kv_heads, head_dim)), layers(layers), pages(pages), memory(layout.page_stride * size_t(pages)) {}
+    uint8_t* layer(int index) const { return memory.data() + size_t(index) * layout.page_bytes; }
+    uint8_t* page(int index) const { return memory.data() + size_t(index) * layout.page_stride; }
+};
+
+inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
+constexpr int kPrivateRows = 2;
+
+constexpr int32_t kNoToken = -1;    // this row chooses nothing
+constexpr int32_t kBroken = -2;     // its logits are not finite
+
+// A step: what the host gave, and what comes back.
+struct Step {
+    struct Group {
+        std::vector<int64_t> slots;   // [rows]
+        std::vector<int32_t> pages;   // [chunks][width]
+        int width;
+    };
+    std::vector<int32_t> tokens, positions;  // [rows]; a token < 0 is last_tokens[-1 - token]
+    std::vector<int32_t> chunk_rows;         // [chunks + 1]
+    std::vector<int32_t> logit_rows;         // [logits]
+    std::vector<Group> groups;
+    std::vector<SampleSpec> samples;  // [logits]
+    std::vector<float> hidden;        // [rows][width of the input], for a range that does not start the model
+    std::vector<float> output;        // logits of the rows that ask for them, or all of the output of a program without a head
+    std::vector<int32_t> output_row;  // [logits]: which row of `output` is a row's, or -1
+    std::vector<int32_t> chosen;      // [logits]
+    double started = 0, ended = 0;    // seconds, steady clock
+    uint32_t ticket = 0;
+
+    int rows() const { return int(positions.size()); }
+    int chunks() const { return int(chunk_rows.size()) - 1; }
+    int logits() const { return int(logit_rows.size()); }
+};
+
+// Which rows a slot has: one for each row of the step, or one for each of logit_rows.
+enum class RowSpace : uint8_t { all, logits };
+
+struct Slot {
+    int width;
+    RowSpace space;
+    float* data;
+
+    float* row(int index) const { return data + size_t(index) * size_t(width); }
+};
+using SlotId = int;
+
+// Cuts attention's work for one step: a unit is some query vectors of one KV head of one chunk, over all their keys or over one block.
+struct AttentionPlan {
+    struct Unit {
+        int chunk, kv_head, first_query, count;  // query q of a chunk: row q / group, head q % group of the KV head
+        int first_block, past_block;
+        int join;  // index of `joins`, or -1: this unit does all blocks
+    };
+    struct Join {  // blocks of the same queries
+        int first_partial, first_block, blocks;
+    };
+    int group, heads, kv_heads, window;  // group: index of Step::groups
+    std::vector<Unit> units;
+    std::vector<Join> joins;
+    bool single;  // one row a chunk, and one unit for its newest key: the unit may store that key itself
+
+    bool same(const AttentionPlan& other) const {
+        return group == other.group && heads == other.heads && kv_heads == other.kv_heads && window == other.window;
+    }
+    void build(const Step& step, int workers, int max_partials);
+};
+
+// cos and sin of the step's rows, for one rope table.
+struct AngleTable {
+    std::vector<float> inv_freq;
+    float scale;
+    float* data;  // [rows][2 * half]
+
+    int half() const { return int(inv_freq.size()); }
+    const float* row(int index) const { return data + size_t(index) * inv_freq.size() * 2; }
+};
+
+// A thread's own memory.
+struct Scratch {
+    uint8_t* activations;  // of the few rows that each thread prepares for itself
+    float* row;            // one row of the widest slot
+    float* tile;           // results of a piece of a product
+    uint8_t* attention;
+    float *state, *partial, *queries;
+    std::vector<Best> best;  // [logits]
+    SampleScratch sampling;
+};
+
+class Program;
+
+class Instruction {
+  public:
+    virtual ~Instruction() = default;
+    virtual void run(Program& program, Step& step, Worker& worker) const = 0;
+    // True if it reads nothing that the start of a step prepares.
+    virtual bool starts_alone() const { return false; }
+};
+
+class Program {
+  public:
+    Program(Pool& pool, Isa isa, Limits limits);
+    ~Program();
+
+    // ---- recording
+    SlotId add_slot(int width, RowSpace space);
+    int add_angles(std::vector<float> inv_freq, float scale);
+    void add(std::unique_ptr<Instruction> instruction) { instructions_.push_back(std::move(instruction)); }
+    const float* keep(std::vector<float> values);  // a copy that lives as long as the program
+    int plan(int group, int heads, int kv_heads, int window);
+    void need_activations(int rows, const std::vector<Recipe>& recipes, int cols);
+    void need_attention(int dim);
+    void use_kv(int group, const KvPool& pool);
+    void need_tile(size_t floats) { tile_floats_ = std::max(tile_floats_, floats); }
+    void finish(SlotId hidden, SlotId output);  // -1: none
+
+    // ---- running
+    // Checks and queues a step; throws std::invalid_argument.
+    static void submit(const std::shared_ptr<Program>& program, const std::shared_ptr<Step>& step);
+
+    // ---- for instructions
+    const Slot& slot(SlotId id) const { return slots_[size_t(id)]; }
+    int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }
+    const AngleTable& angles(int id) const { return angles_[size_t(id)]; }
+    const AttentionPlan& attention_plan(int id) const { return plans_[size_t(id)]; }
+    Scratch& scratch(const Worker& worker) { return scratch_[size_t(worker.index)]; }
+    const Scratch& scratch_of(int thread) const { return scratch_[size_t(thread)]; }
+    float* partial(int index) { return (float*)partials_->data() + size_t(index) * partial_floats_; }
+    std::atomic<int>& joined(int join) { return joined_[size_t(join)]; }
+    uint8_t* activations() const { return activations_; }
+
+    Pool& pool;
+    const Isa isa;
+    const Limits limits;
+    const Kernels& matrix;
+    const RowKernels& rows_of;
+    int vocab = 0;  // rows of the embedding, 0 if there is none
+    std::vector<int32_t> last_tokens;
+
+  private:
+    void check(const Step& step) const;
+    void run(Step& step, Worker& worker);
+    void begin(Step& step, Worker& worker);
+    void end(Step& step, Worker& worker);
+
+    std::vector<Slot> slots_;
+    std::vector<AngleTable> angles_;
+    std::vector<AttentionPlan> plans_;
+    std::vector<int64_t> group_slots_;  // slots that each KV group's pool has; 0 where no instruction uses it
+    std::vector<int> page_sizes_;
+    std::vector<std::unique_ptr<Instruction>> instructions_;
+    std::vector<std::unique_ptr<std::vector<float>>> kept_;
+    SlotId hidden_ = -1, output_ = -1;
+
+    size_t activation_bytes_ = 0, private_bytes_ = 0, tile_floats_ = 0, attention_bytes_ = 0;
+    int attention_dim_ = 0, max_partials_ = 0;
+    size_t partial_floats_ = 0;
+    std::unique_ptr<Memory> arena_, partials_;
+    std::unique_ptr<std::atomic<int>[]> joined_;
+    uint8_t* activations_ = nullptr;
+    std::vector<Scratch> scratch_;
+};
+
+}  // namespace headrace

@@ -1,0 +1,2 @@
+#define HEADRACE_ISA avx512
+#include "sampling_impl.h"
