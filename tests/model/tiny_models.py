@@ -54,7 +54,7 @@ def save_model(name: str, folder: Path) -> Path:
             elif parameter.ndim == 1:
                 parameter.normal_(0, 0.3)
             else:
-                parameter.normal_(0, 2 * parameter.shape[1] ** -0.5)
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
     return folder
 
