@@ -14,6 +14,8 @@ from .formats.gguf import GGUFFile, open_gguf
 from .formats.hub import resolve
 from .formats.safetensors import Checkpoint, open_checkpoint
 from .kernels import choose_ops
+from .kernels.native import Limits, NativeOps
+from .kernels.reference import ReferenceOps
 from .memory.kv import kv_format
 from .model.decoder import Decoder
 from .model.spec import ModelSpec, read_spec
@@ -21,9 +23,9 @@ from .model.weights import load_weights
 from .schedule.pages import Pages, Path
 from .schedule.scheduler import Scheduler
 from .text.tokenizer import Tokenizer
-from .workers.executor import ThreadExecutor
+from .workers.executor import Executor, ThreadExecutor
 from .workers.residents import Residents
-from .workers.runner import Runner
+from .workers.runner import NativeRunner, Runner
 
 GiB = 2**30
 AUTO_KV_MEMORY = 2 * GiB
@@ -77,8 +79,22 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
         ),
         path,
     )
-    executor = ThreadExecutor(Runner(decoder, ops, caches, residents).run)
-    return Engine(scheduler, executor, resolved.steps_in_flight), resolved
+    return Engine(scheduler, _executor(decoder, ops, caches, residents, resolved), resolved.steps_in_flight), resolved
+
+
+def _executor(decoder: Decoder, ops: NativeOps | ReferenceOps, caches: list[list[Any]], residents: Residents, resolved: Resolved) -> Executor:
+    if isinstance(ops, ReferenceOps):
+        return ThreadExecutor(Runner(decoder, ops, caches, residents).run)
+    pages = -(-resolved.max_context // resolved.page_size)
+    limits = Limits(
+        rows=resolved.max_batch_tokens,
+        logits=resolved.max_logit_rows,
+        chunks=resolved.max_sequences,
+        sequences=resolved.max_sequences,
+        pages=(pages,) * len(caches),
+    )
+    program = ops.capture(lambda batch: decoder.forward(ops, batch, caches), limits)
+    return NativeRunner(program, ops, caches, residents)
 
 
 def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:

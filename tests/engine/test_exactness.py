@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from headrace import LLM, SamplingParams
 from headrace.completion import Output
 from headrace.config import Settings
+from headrace.kernels import native
 from tests.tiny import write_tiny
 
 RNG = np.random.default_rng(1)
@@ -20,6 +20,7 @@ PROMPTS = [RNG.integers(3, 259, length).tolist() for length in LENGTHS]
 for index in range(16, 32):  # the second half shares prefixes with the first
     PROMPTS[index][: LENGTHS[index] * 3 // 4] = PROMPTS[index - 16][: LENGTHS[index] * 3 // 4]
 NEW = 12
+Setup = tuple[str, dict[str, Any]]
 
 
 def params(index: int) -> SamplingParams:
@@ -40,15 +41,30 @@ def same(ours: list[Output], alone: list[Output]) -> None:
         assert one.logits.tobytes() == other.logits.tobytes(), f"logits of prompt {index}"
 
 
-@pytest.fixture(scope="module", params=[("F32", None), ("Q8_0", 40)], ids=["f32", "q8_0-window"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    kind, window = request.param
-    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", kind, window=window))
+SETS = [
+    ("reference", "F32", None, "float32"),
+    ("reference", "Q8_0", 40, "bfloat16"),
+    ("native", "F32", None, "float32"),
+    ("native", "Q4_1", 40, "bfloat16"),
+    ("native", "Q8_0", None, "int8"),
+    ("native", "BF16", None, "float16"),
+]
+
+
+@pytest.fixture(scope="module", params=SETS, ids=lambda row: "-".join(map(str, row)))
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """A model file, and the settings that choose the arithmetic."""
+    kernels, kind, window, kv_dtype = request.param
+    if kernels == "native" and native.missing():
+        pytest.skip(str(native.missing()))
+    path = write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", kind, window=window)
+    return str(path), {"kernels": kernels, "kv_dtype": kv_dtype}
 
 
 @pytest.fixture(scope="module")
-def alone(model: str) -> Iterator[list[Output]]:
-    with LLM(model, prefix_cache=False, steps_in_flight=1) as llm:
+def alone(setup: Setup) -> Iterator[list[Output]]:
+    model, arithmetic = setup
+    with LLM(model, prefix_cache=False, steps_in_flight=1, **arithmetic) as llm:
         yield [llm.generate([prompt], params(index))[0] for index, prompt in enumerate(PROMPTS)]
 
 
@@ -66,9 +82,10 @@ def alone(model: str) -> Iterator[list[Output]]:
     ],
     ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()) or "default",
 )
-def test_batched(model: str, alone: list[Output], settings: dict[str, Any]) -> None:
+def test_batched(setup: Setup, alone: list[Output], settings: dict[str, Any]) -> None:
     count = 8 if settings.get("max_batch_tokens") == 1 else len(PROMPTS)
-    with LLM(model, **settings) as llm:
+    model, arithmetic = setup
+    with LLM(model, **settings, **arithmetic) as llm:
         same(llm.generate(PROMPTS[:count], [params(index) for index in range(count)]), alone[:count])
         if settings == {}:
             again = llm.generate(PROMPTS[16:], [params(index) for index in range(16, 32)])
@@ -78,21 +95,23 @@ def test_batched(model: str, alone: list[Output], settings: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
-def test_preempted(model: str, alone: list[Output], steps_in_flight: int) -> None:
+def test_preempted(setup: Setup, alone: list[Output], steps_in_flight: int) -> None:
     """Pages for about three of 32 sequences."""
-    with LLM(model) as llm:
+    model, arithmetic = setup
+    with LLM(model, **arithmetic) as llm:
         page_bytes = llm.config.kv_bytes_per_token * 16
     settings: dict[str, Any] = {"page_size": 16, "kv_memory": page_bytes * 31, "max_context": 160}
-    with LLM(model, steps_in_flight=steps_in_flight, **settings) as llm:
+    with LLM(model, steps_in_flight=steps_in_flight, **settings, **arithmetic) as llm:
         outputs = llm.generate(PROMPTS, [params(index) for index in range(len(PROMPTS))])
         assert sum(output.timings.preemptions for output in outputs) > 0
         same(outputs, alone)
         llm.engine.scheduler.check()
 
 
-def test_samples_of_one_request(model: str) -> None:
+def test_samples_of_one_request(setup: Setup) -> None:
     """n samples are what n requests with the sample's index would be; they differ, and greedy ones do not."""
-    with LLM(model) as llm:
+    model, arithmetic = setup
+    with LLM(model, **arithmetic) as llm:
         sampled = llm.generate([PROMPTS[9]], SamplingParams(n=4, max_tokens=NEW, seed=3, ignore_eos=True))[0]
         again = llm.generate([PROMPTS[9]], SamplingParams(n=4, max_tokens=NEW, seed=3, ignore_eos=True))[0]
         assert [sample.token_ids for sample in sampled.samples] == [sample.token_ids for sample in again.samples]
@@ -104,9 +123,10 @@ def test_samples_of_one_request(model: str) -> None:
         llm.engine.scheduler.check()
 
 
-def test_logits_are_those_of_the_steps(model: str, alone: list[Output]) -> None:
+def test_logits_are_those_of_the_steps(setup: Setup, alone: list[Output]) -> None:
     """Prompt logits in one pass equal the logits that decoding saw."""
-    with LLM(model) as llm:
+    model, arithmetic = setup
+    with LLM(model, **arithmetic) as llm:
         for index in (3, 12):
             output = alone[index]
             assert output.logits is not None

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+
+from . import native
+from .native import NativeOps
 from .reference import ReferenceOps
 
 
-def choose_ops(kernels: str, threads: int) -> ReferenceOps:
-    """The op set for a setting of `kernels`: "auto", "native" or "reference"."""
-    return ReferenceOps(threads)
+def choose_ops(kernels: str, threads: int) -> NativeOps | ReferenceOps:
+    """The op set for a setting of `kernels`: "auto" is native where that was built; otherwise a warning says what is missing.
+
+    Raises ConfigError where "native" is asked for and not there.
+    """
+    reason = native.missing()
+    if kernels == "reference" or (kernels == "auto" and reason is not None):
+        if kernels == "auto":
+            warnings.warn(
+                f"running the numpy op set, many times slower: the native kernels are missing ({reason}); reinstall with a C++ compiler",
+                stacklevel=2,
+            )
+        return ReferenceOps(threads)
+    return NativeOps(threads)

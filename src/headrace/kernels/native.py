@@ -63,6 +63,11 @@ def missing() -> str | None:
     return _missing
 
 
+def supported_isas() -> list[str]:
+    """Instruction sets that this machine runs, widest first; HEADRACE_ISA chooses another than the first."""
+    return list(_native.supported_isas)
+
+
 def sample_spec(
     params: SamplingParams, seed: int, sample_index: int, slot: int, choose: bool = True
 ) -> tuple[Any, ...] | None:
@@ -157,6 +162,8 @@ class NativeProgram:
 
 class NativeOps:
     """The native op set on one pool of threads. `per_row` chooses the faster, coarser activation recipe for quantised weights."""
+
+    default_kv_dtype = "bfloat16"
 
     def __init__(self, threads: int | None = None, isa: str | None = None, per_row: bool = False) -> None:
         if _native is None:

@@ -13,11 +13,12 @@ from ..types import LATE, Chunk, Request, Step
 class Resident:
     """One sequence on this worker: its tokens as far as they are known here, and its row in the page tables."""
 
-    __slots__ = ("pages", "request", "slot", "tokens")
+    __slots__ = ("pages", "request", "sampling", "slot", "tokens")
 
     def __init__(self, request: Request, tokens: list[int], slot: int, pools: int) -> None:
         self.request, self.tokens, self.slot = request, tokens, slot
         self.pages = [0] * pools  # pages in each pool's table
+        self.sampling: bytes | None = None  # what the runner keeps to sample for it
 
     @property
     def prompt_length(self) -> int:
@@ -36,8 +37,13 @@ class Rows:
     logit_rows: np.ndarray  # int32 [n]
     groups: tuple[KVGroupBatch, ...]
 
-    def batch(self, tokens: np.ndarray) -> Batch:
-        return Batch(tokens, self.positions, self.chunk_rows, self.logit_rows, self.groups)
+    def bind(self, index: int) -> None:
+        """Put the LATE token of chunk `index` in its place: it is known now."""
+        row = int(self.chunk_rows[index + 1]) - 1
+        self.tokens[row] = self.residents[index].tokens[self.positions[row]]
+
+    def batch(self) -> Batch:
+        return Batch(self.tokens, self.positions, self.chunk_rows, self.logit_rows, self.groups)
 
 
 class Residents:

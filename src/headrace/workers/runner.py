@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import numpy as np
 
-from ..errors import HeadraceError
+from ..kernels.native import SAMPLE, NativeOps, NativeProgram, Ticket, logits_spec, sample_spec
 from ..kernels.ops import Ops
 from ..model.decoder import Decoder
-from ..sampling import logprob_of, sample
-from ..types import NO_TOKEN, Chunk, ChunkExtras, Step, StepResult, TokenLogprob
+from ..types import LATE, NO_TOKEN, Step, StepResult
+from .answers import answer
 from .residents import Resident, Residents, Rows
 
 
@@ -22,72 +23,90 @@ class Runner:
         self._decoder, self._ops, self._caches, self._residents = decoder, ops, caches, residents
 
     def run(self, step: Step) -> StepResult:
-        """Compute and sample one step. What fails for one chunk alone is reported in its extras."""
+        """Compute and sample one step."""
         started = time.monotonic()
         self._residents.update(step)
         for transfer in step.transfers:
             self._ops.copy_page(self._caches[transfer.pool], transfer.source, transfer.target)
         rows = self._residents.rows(step)
-        logits = self._decoder.forward(self._ops, rows.batch(_bind_late(rows)), self._caches)
-        tokens, extras = choose(rows, np.asarray(logits))
-        return StepResult(step.number, tokens, extras, started, time.monotonic())
+        for index, chunk in enumerate(rows.chunks):
+            if chunk.tokens[-1] == LATE:
+                rows.bind(index)
+        logits = np.asarray(self._decoder.forward(self._ops, rows.batch(), self._caches))
+        return answer(step.number, rows, [NO_TOKEN] * len(logits), iter(logits), started, time.monotonic())
 
 
-def _bind_late(rows: Rows) -> np.ndarray:
-    """The step's tokens, each LATE one replaced by what its sequence sampled meanwhile."""
-    tokens = rows.tokens.copy()
-    for row in np.flatnonzero(tokens < 0):
-        chunk = int(np.searchsorted(rows.chunk_rows, row, side="right")) - 1
-        tokens[row] = rows.residents[chunk].tokens[rows.positions[row]]
-    return tokens
+class NativeRunner:
+    """Runs a whole model as one captured program. An Executor: steps queue in native code, so no thread of Python's is kept busy
+    and a step can be queued before the one that samples its tokens has run."""
+
+    def __init__(self, program: NativeProgram, ops: NativeOps, caches: list[list[Any]], residents: Residents) -> None:
+        self._program, self._ops, self._caches, self._residents = program, ops, caches, residents
+        self._open: deque[_Queued] = deque()  # queued steps whose tokens have not been noted yet
+
+    def submit(self, step: Step) -> _Queued:
+        self._residents.update(step)
+        for transfer in step.transfers:
+            self._ops.copy_page(self._caches[transfer.pool], transfer.source, transfer.target)
+        rows = self._residents.rows(step)
+        for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
+            if chunk.tokens[-1] == LATE and _sampling(resident) is None:
+                self._settle(chunk.late_step)
+                rows.bind(index)
+        ticket = self._program.submit(
+            rows.tokens, rows.positions, rows.chunk_rows, rows.logit_rows, rows.groups, _samples(rows)
+        )
+        queued = _Queued(step.number, rows, ticket)
+        while self._open and self._open[0].settled:
+            self._open.popleft()
+        self._open.append(queued)
+        return queued
+
+    def _settle(self, number: int) -> None:
+        """Wait until the tokens of step `number` are noted: some of them are sampled in Python."""
+        while self._open and self._open[0].number <= number:
+            self._open.popleft().result()
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popleft().result()
 
 
-def choose(rows: Rows, logits: np.ndarray) -> tuple[tuple[int, ...], dict[int, ChunkExtras]]:
-    """Sample what the chunks ask for from logits [len(rows.logit_rows), vocab], and note each token with its sequence."""
-    tokens, extras, row = [], {}, 0
-    for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
-        own = logits[row : row + chunk.logit_rows]
-        row += chunk.logit_rows
-        token = NO_TOKEN
-        try:
-            if chunk.samples:
-                token = _sample(resident, own[-1])
-            extra = _extras(chunk, resident, own, token)
-        except HeadraceError as error:
-            extra = ChunkExtras(error=str(error))
-        if extra is not None:
-            extras[index] = extra
-        if chunk.samples:
-            resident.tokens.append(max(token, 0))
-        tokens.append(token)
-    return tuple(tokens), extras
+class _Queued:
+    """A queued step."""
+
+    def __init__(self, number: int, rows: Rows, ticket: Ticket) -> None:
+        self.number, self._rows, self._ticket = number, rows, ticket
+        self._result: StepResult | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self._result is not None
+
+    def result(self) -> StepResult:
+        if self._result is None:
+            chosen, logits = self._ticket.result()
+            self._result = answer(self.number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times)
+        return self._result
 
 
-def _sample(resident: Resident, logits: np.ndarray) -> int:
-    request, split = resident.request, resident.prompt_length
-    return sample(
-        logits,
-        request.params,
-        seed=request.seed,
-        sample_index=request.sample_index,
-        position=len(resident.tokens),
-        prompt_ids=request.prompt_ids,
-        output_ids=resident.tokens[split:],
-        stop_ids=request.stop_ids,
-    )
+_LOGITS = np.array([logits_spec()], SAMPLE).tobytes()
 
 
-def _extras(chunk: Chunk, resident: Resident, logits: np.ndarray, token: int) -> ChunkExtras | None:
-    """Logprobs and logits of the chunk's last `logit_rows` rows, where they are asked for."""
-    params = resident.request.params
-    logprob = logprob_of(logits[-1], token, params.logprobs) if chunk.samples and params.logprobs is not None else None
-    prompt: list[TokenLogprob] = []
-    if params.prompt_logprobs is not None:
-        first = chunk.start + len(chunk.tokens) - chunk.logit_rows
-        for index in range(min(chunk.logit_rows, resident.prompt_length - 1 - first)):
-            target = resident.tokens[first + index + 1]
-            prompt.append(logprob_of(logits[index], target, params.prompt_logprobs))
-    kept = logits.copy() if params.return_logits and chunk.logit_rows else None
-    if logprob is None and not prompt and kept is None:
-        return None
-    return ChunkExtras(logprob, tuple(prompt), kept)
+def _sampling(resident: Resident) -> bytes | None:
+    """The entry that makes the kernels sample for a sequence, or None where Python must."""
+    if resident.sampling is None:
+        request = resident.request
+        spec = sample_spec(request.params, request.seed, request.sample_index, resident.slot)
+        resident.sampling = b"" if spec is None else np.array([spec], SAMPLE).tobytes()
+    return resident.sampling or None
+
+
+def _samples(rows: Rows) -> np.ndarray:
+    """SAMPLE entries of the step's logit rows."""
+    entries = []
+    for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
+        if chunk.logit_rows:
+            entry = _sampling(resident) if chunk.logit_rows == 1 and chunk.samples else None
+            entries.append(entry or _LOGITS * chunk.logit_rows)
+    return np.frombuffer(b"".join(entries), SAMPLE)
