@@ -277,8 +277,8 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
                 place_block(layout, super, n, first, groups, block);
             }
         }
-        const float inverse = most > 0 ? 127.0f / most : 0.0f;
-        std::memcpy(packed + 4 * n, &inverse, 4);
+        const float step = most / row_steps;
+        std::memcpy(packed + 4 * n, &step, 4);
     }
 }
 

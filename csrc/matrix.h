@@ -11,8 +11,10 @@
 //                      acc = fma(d * s, sum of (q - offset) * code, acc)
 //                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half, both minima first. The integer sums are exact:
 //                  the result has the same bits on every instruction set.
-//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| / 127. Weights: w8 = the file's value in steps
-//                  of its row's D = max|w| / 127. y = float(sum of w8 * code) * (D * s). Also the same bits everywhere.
+//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| * (1 / 127f); codes as above. Weights: int8 too, the
+//                  file's values in steps of their row's D = max|w| / 126: with f = round(d * (256 / D)) and
+//                  a = round(m * (256 / D)) - offset * f, w8 = floor((q * f + a + 128) / 256). y = float(sum of w8 * code) * (D * s).
+//                  The same bits everywhere.
 //   Recipe::bf16   (BF16 weights) x rounded to bfloat16; pairs of products are summed as the instruction does it. Bits differ between
 //                  instruction sets, not between calls.
 //   Recipe::f32    (F32, F16 weights) acc = fma(x, w, acc), inputs ascending. The same bits everywhere.

@@ -19,18 +19,14 @@ namespace {
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
 constexpr int blocked_from = 12;  // rows from which unpacking to L1 pays
 constexpr int block_rows = 6;     // rows x 2 tiles of sums in registers
-constexpr int int_block_rows = 12;
+constexpr int row_block_rows = 12;  // the same for Recipe::row
 constexpr int float_rows = 6, float_tiles = 4;
-constexpr bool scale_tables = true;
 #else
 constexpr int direct_rows = 4;
-constexpr int blocked_from = 1 << 30;
-constexpr int block_rows = 1;
-constexpr int int_block_rows = 1;
 constexpr int float_rows = 4, float_tiles = 1;
-constexpr bool scale_tables = false;
 #endif
 constexpr int block_groups = 18;    // of inputs, unpacked at a time
+constexpr int row_block_groups = 28;  // the same for Recipe::row
 constexpr int partial_rows = 128;   // rows whose sums wait between blocks of inputs
 constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
 
@@ -255,6 +251,13 @@ struct Unpacked {
     alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
 };
 
+// From memory: left to itself the compiler moves a word that is in a general register too, on a port that the dot products need.
+inline __m512i broadcast(const float* p) {
+    __m512i all;
+    asm("vpbroadcastd %1, %0" : "=v"(all) : "m"(*p));
+    return all;
+}
+
 inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
 
 template <Format format, int tiles>
@@ -289,16 +292,22 @@ void unpack_block(Unpacked<format, tiles>& to, int t, const uint8_t* tile, int64
     }
 }
 
-// Packed weights that will be needed next: each step asks for some lines of each tile.
+// Packed weights that will be needed next, a block of each tile: asked for step by step, a step being one group of one row block.
 struct Ahead {
     const uint8_t* at;
-    int64_t tile_bytes;
-    int lines;  // a step
+    int64_t tile_bytes, left;  // bytes
+    int64_t bytes;             // a step
 
+    static Ahead block(const uint8_t* at, size_t tile_bytes, int64_t blocks, int64_t steps) {
+        const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
+        return {at, int64_t(tile_bytes), lines * 64, (lines + steps - 1) / steps * 64};
+    }
     template <int tiles>
     void step() {
-        for (int i = 0; i < lines; i++, at += 64)
-            for (int t = 0; t < tiles; t++) _mm_prefetch((const char*)at + t * tile_bytes, _MM_HINT_T1);
+        if (left <= 0) return;
+        for (int64_t i = 0; i < bytes; i += 64)
+            for (int t = 0; t < tiles; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T1);
+        at += bytes, left -= bytes;
     }
 };
 
@@ -355,9 +364,8 @@ __attribute__((noinline)) void run_rows(const Unpacked<format, tiles>& u, int gr
                     if constexpr (layout.halves) {
                         scale = load(group.scale[t][half]) * all(block(r).scale);
                     } else {
-                        const int32_t bits = load_word(&block(r).scale);
-                        const uint32_t which = uint32_t(bits) >> (23 - (scale_bits - 1)) & (scale_classes - 1);
-                        scale.v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_load_si512(group.scale[t][which]), _mm512_set1_epi32(bits)));
+                        const uint32_t which = uint32_t(load_word(&block(r).scale)) >> (23 - (scale_bits - 1)) & (scale_classes - 1);
+                        scale.v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_load_si512(group.scale[t][which]), broadcast(&block(r).scale)));
                     }
                     acc[r][t] = fused(scale, to_floats(sum[r][t]), acc[r][t]);
                 }
@@ -370,23 +378,18 @@ __attribute__((noinline)) void run_rows(const Unpacked<format, tiles>& u, int gr
 
 template <Format format, int tiles>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
-    constexpr Layout layout = layout_of(format);
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
     Unpacked<format, tiles> u;
     alignas(64) float partial[partial_rows * tiles * 16];
     const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
     const int64_t blocks = (groups + block_groups - 1) / block_groups;
-    const int64_t row_blocks = (rows + block_rows - 1) / block_rows;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
         for (int t = 0; t < tiles; t++) unpack_block<format, tiles>(u, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
-        const int64_t lines = int64_t(w.tile_bytes) / 64 / blocks + 1, steps = row_blocks * (group1 - group0);
-        Ahead ahead{b + 1 < blocks ? super_at<format>(packed, group1) : next, int64_t(w.tile_bytes), int((lines + steps - 1) / steps)};
-        int64_t steps_left = (lines + ahead.lines - 1) / ahead.lines;
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
+                                   (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
-            if (steps_left <= 0) ahead.lines = 0;
-            steps_left -= group1 - group0;
             with_rows<block_rows>(int(count), [&]<int R>() {
                 run_rows<format, R, tiles>(u, int(group1 - group0), p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes,
                                            partial + first * tiles * 16, b == 0, ahead);
@@ -402,22 +405,163 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
 
 #endif
 
+// ---- Recipe::row
+
+// A group's codes as int8 + 128, in steps of D; inverse is 256 / D.
+template <Format format>
+inline void unpack_row_codes(const uint8_t* super, int group, Floats inverse, Codes (&w)[8]) {
+    constexpr Layout layout = layout_of(format);
+    Floats d[2], m[2];
+    unpack_codes<format>(super + group * layout.group_bytes(), w);
+    load_scales<format>(super, group, d, m);
+    for (int h = 0; h <= layout.halves; h++) {
+        const Ints factor = to_ints(d[h] * inverse), half = all_ints(128 * 256 + 128);
+        Ints addend = half;
+        if constexpr (layout.has_min()) addend = half - (all_ints(0) - to_ints(m[h] * inverse));
+        if constexpr (layout.offset != 0) {
+            constexpr int power = layout.offset == 4 ? 2 : layout.offset == 8 ? 3 : layout.offset == 16 ? 4 : layout.offset == 32 ? 5 : 7;
+            addend = addend - scaled_by_power<power>(factor);
+        }
+        const Codes f = pairs(factor), a = pairs(addend);
+        constexpr int quads = layout.halves ? 4 : 8;
+        for (int i = h * quads; i < (h + 1) * quads; i++) w[i] = rescale(w[i], f, a);
+    }
+}
+
+// 256 / D for each output of a tile, 0 where D is.
+inline Floats inverse_steps(const uint8_t* tile) {
+    const Floats steps = load((const float*)tile);
+    return where_less(zero(), steps, all(256) / steps, zero());
+}
+
+inline const RowHead& head_of(const Activation& a, int64_t row) { return *reinterpret_cast<const RowHead*>(a.row(row)); }
+inline Ints row_start(const RowHead& head) { return all_ints(wide_dot_is_signed ? 0 : -128 * head.sum); }
+inline Floats row_value(Ints sum, const uint8_t* tile, const RowHead& head) { return to_floats(sum) * (load((const float*)tile) * all(head.scale)); }
+
+template <Format format, int R>
+__attribute__((noinline)) void direct_tile_by_row(const uint8_t* tile, int64_t groups, const Activation& input, int64_t row, const Output& out) {
+    constexpr Layout layout = layout_of(format);
+    const Floats inverse = inverse_steps(tile);
+    Ints sum[R];
+    for (int r = 0; r < R; r++) sum[r] = row_start(head_of(input, row + r));
+    const uint8_t* x = input.row(row) + sizeof(RowHead);
+    for (int64_t g = 0; g < groups; g++, x += 32) {
+        const uint8_t* super = super_at<format>(tile, g);
+        const int in_super = int(g % layout.groups);
+        for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + in_super * (layout.group_bytes() + layout.scale_bytes()) + i + 4096);
+        Codes w[8];
+        unpack_row_codes<format>(super, in_super, inverse, w);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) sum[r] = dot<true>(sum[r], w[i], load_word(x + r * input.row_bytes + 4 * i));
+    }
+    for (int r = 0; r < R; r++) out.put(r, row_value(sum[r], tile, head_of(input, row + r)));
+}
+
+template <Format format>
+void multiply_direct_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
+    const PackedMatrix& w = *p.weight;
+    for (int64_t tile = tile0; tile < tile1; tile++)
+        even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
+            with_rows<direct_rows>(int(count), [&]<int R>() {
+                direct_tile_by_row<format, R>(w.data + size_t(tile) * w.tile_bytes, w.cols / 32, *p.x, row0 + first, Output(p, row0 + first, tile));
+            });
+        });
+}
+
+#if defined(__AVX512VNNI__)
+
+template <int tiles>
+struct RowCodes {
+    alignas(64) uint8_t group[row_block_groups][8][tiles][64];
+};
+
+template <int R, int tiles>
+__attribute__((noinline)) void run_rows_by_row(const RowCodes<tiles>& u, int groups, const uint8_t* x, int64_t stride, int32_t* partial, Ahead& ahead) {
+    Ints sum[R][tiles];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) sum[r][t] = load_ints(partial + (r * tiles + t) * 16);
+    for (int g = 0; g < groups; g++, x += 32) {
+        ahead.step<tiles>();
+        const uint8_t* rows[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride};
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            Codes w[tiles];
+            for (int t = 0; t < tiles; t++) w[t] = load_codes(u.group[g][i][t]);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; r++) {
+                const __m512i all = _mm512_set1_epi32(load_word(rows[r / 3] + r % 3 * stride + 4 * i));
+                for (int t = 0; t < tiles; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, w[t].v, all);
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < tiles; t++) store_ints(partial + (r * tiles + t) * 16, sum[r][t]);
+}
+
+template <Format format, int tiles>
+void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
+    constexpr Layout layout = layout_of(format);
+    const PackedMatrix& w = *p.weight;
+    const int64_t groups = w.cols / 32, rows = row1 - row0;
+    RowCodes<tiles> u;
+    alignas(64) int32_t partial[partial_rows * tiles * 16];
+    const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
+    for (int64_t r = 0; r < rows; r++)
+        for (int t = 0; t < tiles; t++) store_ints(partial + (r * tiles + t) * 16, row_start(head_of(*p.x, row0 + r)));
+    const int64_t blocks = (groups + row_block_groups - 1) / row_block_groups;
+    for (int64_t b = 0; b < blocks; b++) {
+        const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
+        for (int t = 0; t < tiles; t++) {
+            const uint8_t* from = packed + t * w.tile_bytes;
+            const Floats inverse = inverse_steps(from);
+            for (int64_t g = group0; g < group1; g++) {
+                Codes c[8];
+                unpack_row_codes<format>(super_at<format>(from, g), int(g % layout.groups), inverse, c);
+                for (int i = 0; i < 8; i++) store_codes(u.group[g - group0][i][t], c[i]);
+            }
+        }
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
+                                   (rows + row_block_rows - 1) / row_block_rows * (group1 - group0));
+        even_pieces(rows, row_block_rows, [&](int64_t first, int64_t count) {
+            with_rows<row_block_rows>(int(count), [&]<int R>() {
+                run_rows_by_row<R, tiles>(u, int(group1 - group0), p.x->row(row0 + first) + sizeof(RowHead) + group0 * 32, p.x->row_bytes,
+                                          partial + first * tiles * 16, ahead);
+            });
+        });
+    }
+    for (int t = 0; t < tiles; t++) {
+        const Output out(p, row0, tile + t);
+        for (int64_t r = 0; r < rows; r++)
+            out.put(r, row_value(load_ints(partial + (r * tiles + t) * 16), packed + t * w.tile_bytes, head_of(*p.x, row0 + r)));
+    }
+}
+
+#endif
+
+// ---- every quantised format
+
 template <Format format>
 void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
+    const bool by_row = p.x->recipe == Recipe::row;
 #if defined(__AVX512VNNI__)
     if (row1 - row0 >= blocked_from) {
         const PackedMatrix& w = *p.weight;
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
+            auto two = by_row ? multiply_blocked_by_row<format, 2> : multiply_blocked<format, 2>;
+            auto one = by_row ? multiply_blocked_by_row<format, 1> : multiply_blocked<format, 1>;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2)
-                multiply_blocked<format, 2>(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
-            if (tile < tile1) multiply_blocked<format, 1>(p, from, to, tile, w.data);
+            for (; tile + 2 <= tile1; tile += 2) two(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
+            if (tile < tile1) one(p, from, to, tile, w.data);
         });
         return;
     }
 #endif
-    multiply_direct<format>(p, row0, row1, tile0, tile1);
+    (by_row ? multiply_direct_by_row<format> : multiply_direct<format>)(p, row0, row1, tile0, tile1);
 }
 
 // ---- float weights
@@ -515,6 +659,22 @@ inline void quantise_group_row(const Activation& a, int64_t row, const float* x)
     }
 }
 
+inline void quantise_whole_row(const Activation& a, int64_t row, const float* x) {
+    RowHead* head = reinterpret_cast<RowHead*>(a.row(row));
+    int8_t* codes = reinterpret_cast<int8_t*>(head + 1);
+    Floats size = zero();
+    for (int64_t k = 0; k < a.cols; k += 16) size = max(size, absolute(load(x + k)));
+    const float scale = std::min(std::max(greatest(size) * (1 / 127.0f), 0x1p-64f), 0x1p64f);
+    const Floats inverse = all(1 / scale), most = all(127), least = all(-127);
+    Ints total = all_ints(0);
+    for (int64_t k = 0; k < a.cols; k += 16) {
+        const Ints part = to_ints(min(max(load(x + k) * inverse, least), most));
+        store_low_bytes(codes + k, part);
+        total = total - part;
+    }
+    head->scale = scale, head->sum = -sum(total);
+}
+
 inline void round_row(const Activation& a, int64_t row, const float* x) {
     BFloat* to = reinterpret_cast<BFloat*>(a.row(row));
     int64_t k = 0;
@@ -531,7 +691,7 @@ inline void copy_row(const Activation& a, int64_t row, const float* x) {
 void quantise_row(const Activation& a, int64_t row, const float* x) {
     switch (a.recipe) {
         case Recipe::group: return quantise_group_row(a, row, x);
-        case Recipe::row: return;
+        case Recipe::row: return quantise_whole_row(a, row, x);
         case Recipe::bf16: return round_row(a, row, x);
         case Recipe::f32: return copy_row(a, row, x);
     }

@@ -1,6 +1,6 @@
 // How packed tiles are laid out: what pack() writes and the kernels read.
 //
-// A tile (16 outputs): 16 floats 1 / D (quantised formats; see Recipe::row), then superblocks, inputs ascending.
+// A tile (16 outputs): 16 floats D (quantised formats; see Recipe::row), then superblocks, inputs ascending.
 // A superblock: its groups' codes, then its groups' scales, padded to 64 bytes.
 // Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j:
 //   4-bit plane: 4 x 64 bytes, the low nibbles quads 0..3, the high ones quads 4..7
@@ -66,6 +66,8 @@ constexpr Layout layout_of(Format format) {
 constexpr bool is_float(Format format) { return layout_of(format).scales == Scales::none; }
 
 constexpr int tile_head_bytes = 64;  // of the quantised formats
+
+constexpr float row_steps = 126;  // Recipe::row: a weight row's largest value in steps D; a code's error of one step still fits int8
 
 // IQ4_NL's 16 values, kept + 128 (the format's definition).
 constexpr uint8_t iq4_nl_codes[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};

@@ -21,6 +21,13 @@ inline Codes merge(Codes a, Codes b, Codes mask) { return {_mm512_ternarylogic_e
 inline Codes lookup(const uint8_t* table, Codes a) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), a.v)};
 }
+// Bytes q of each 16-bit lane become (q * factor + addend) >> 8, in 16 bits without sign.
+inline Codes rescale(Codes q, Codes factor, Codes addend) {
+    const __m512i low = _mm512_set1_epi16(0xff);
+    const __m512i even = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_and_si512(q.v, low), factor.v), addend.v);
+    const __m512i odd = _mm512_add_epi16(_mm512_mullo_epi16(_mm512_srli_epi16(q.v, 8), factor.v), addend.v);
+    return {_mm512_ternarylogic_epi64(_mm512_srli_epi16(even, 8), odd, low, 0xF4)};  // even | (odd & ~low)
+}
 inline Floats load_bytes(const uint8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 
 inline Ints all_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -30,6 +37,7 @@ template <int n> inline Ints scaled_by_power(Ints a) {  // a * 2^n
     else return a;
 }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Codes pairs(Ints a) { return {_mm512_or_si512(_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(a.v, 16))}; }
 inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_ints(int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -63,6 +71,13 @@ inline Codes lookup(const uint8_t* table, Codes x) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
 }
+inline __m256i rescale(__m256i q, __m256i factor, __m256i addend) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    const __m256i even = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_and_si256(q, low), factor), addend);
+    const __m256i odd = _mm256_add_epi16(_mm256_mullo_epi16(_mm256_srli_epi16(q, 8), factor), addend);
+    return _mm256_or_si256(_mm256_srli_epi16(even, 8), _mm256_andnot_si256(low, odd));
+}
+inline Codes rescale(Codes q, Codes factor, Codes addend) { return {rescale(q.a, factor.a, addend.a), rescale(q.b, factor.b, addend.b)}; }
 inline Floats load_bytes(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
@@ -75,6 +90,8 @@ template <int n> inline Ints scaled_by_power(Ints x) {
     else return x;
 }
 inline Ints operator-(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline __m256i pairs(__m256i x) { return _mm256_or_si256(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(x, 16)); }
+inline Codes pairs(Ints x) { return {pairs(x.a), pairs(x.b)}; }
 inline Ints load_ints(const int32_t* p) { return {load_half(p), load_half(p + 8)}; }
 inline void store_ints(int32_t* p, Ints x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 8), x.b); }
 inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -130,6 +147,13 @@ template <int n> inline Codes right(Codes x) { return each_code([&](int i) { ret
 template <int n> inline Codes left(Codes x) { return each_code([&](int i) { return x.v[i] << n; }); }
 inline Codes merge(Codes x, Codes y, Codes mask) { return each_code([&](int i) { return x.v[i] | (y.v[i] & mask.v[i]); }); }
 inline Codes lookup(const uint8_t* table, Codes x) { return each_code([&](int i) { return table[x.v[i]]; }); }
+inline Codes rescale(Codes q, Codes factor, Codes addend) {
+    return each_code([&](int i) {
+        uint16_t f, a;
+        std::memcpy(&f, factor.v + i / 2 * 2, 2), std::memcpy(&a, addend.v + i / 2 * 2, 2);
+        return uint16_t(q.v[i] * f + a) >> 8;
+    });
+}
 inline Floats load_bytes(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
 
 inline Ints all_ints(int32_t x) { return each_int([&](int) { return x; }); }
@@ -138,6 +162,14 @@ template <int n> inline Ints scaled_by_power(Ints x) {
     else return each_int([&](int i) { return x.v[i] >> -n; });
 }
 inline Ints operator-(Ints x, Ints y) { return each_int([&](int i) { return x.v[i] - y.v[i]; }); }
+inline Codes pairs(Ints x) {
+    Codes out;
+    for (int i = 0; i < kLanes; i++) {
+        const uint32_t pair = uint32_t(x.v[i] & 0xffff) * 0x10001u;
+        std::memcpy(out.v + 4 * i, &pair, 4);
+    }
+    return out;
+}
 inline Ints load_ints(const int32_t* p) { Ints x; std::memcpy(x.v, p, sizeof x.v); return x; }
 inline void store_ints(int32_t* p, Ints x) { std::memcpy(p, x.v, sizeof x.v); }
 inline Floats to_floats(Ints x) { return each([&](int i) { return float(x.v[i]); }); }
