@@ -22,7 +22,7 @@ PAGES = 33
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of one sequence from position `start` on; `pages` are the sequence's pages from position 0 on, in every group."""
+    """Tokens of one sequence from position `start` on; `pages` are its pages from position 0 on, in every group."""
 
     tokens: Sequence[int]
     start: int = 0

@@ -59,7 +59,9 @@ def test_only_a_ranges_own_tensors_are_read(tiny: Tinies) -> None:
     ):
         watched = Watched(source.tensors)
         load_weights(dataclasses.replace(source, tensors=watched), read_spec(source), ReferenceOps(), layers)
-        named = {name for name in source.tensors if name.startswith(tuple(f"model.layers.{layer}." for layer in layers))}
+        named = {
+            name for name in source.tensors if name.startswith(tuple(f"model.layers.{layer}." for layer in layers))
+        }
         assert watched.read == named | whole
 
 
@@ -69,7 +71,7 @@ def test_a_tied_head_is_the_embedding_itself(tiny: Tinies) -> None:
     whole = load_weights(source, spec, ops, range(5))
     assert whole.head is whole.embedding
     last = load_weights(source, spec, ops, range(4, 5))
-    assert last.embedding is None
+    assert last.embedding is None and last.head is not None and whole.head is not None
     assert np.array_equal(last.head.rows, whole.head.rows)
 
 
@@ -77,7 +79,10 @@ def test_missing_extra_and_misshapen_tensors_are_named(tiny: Tinies) -> None:
     source = open_model(tiny("tied").folder)
     spec, name = read_spec(source), "model.layers.3.mlp.up_proj.weight"
     for tensors, expected in (
-        ({key: value for key, value in source.tensors.items() if key != name}, r"up_proj.weight: the tensor is missing"),
+        (
+            {key: value for key, value in source.tensors.items() if key != name},
+            r"up_proj.weight: the tensor is missing",
+        ),
         (source.tensors | {"model.layers.3.q_norm.weight": source.tensors[name]}, r"3.q_norm.weight: is no tensor"),
         (source.tensors | {name: tensor(name, np.zeros((53, 60)))}, r"has shape \[53, 60\], .* \[53, 120\]"),
     ):
@@ -87,7 +92,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tiny: Tinies) -> None:
 
 @pytest.mark.parametrize("rotated", [20, 12])
 def test_row_order_turns_adjacent_pairs_into_halves(rotated: int) -> None:
-    """Rotating a GGUF's rows pair by pair is rotating the reordered rows by halves, columns past `rotated` left alone."""
+    """Rotating a GGUF's rows pair by pair is rotating the reordered rows by halves; columns past `rotated` stay."""
     spec = dataclasses.replace(read_hf({}), rope=RopeSpec(rotated))
     order = _gguf_row_orders(spec)["q"]
     table = RopeTable(np.linspace(1, 0.1, rotated // 2, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Tiny random models of awkward sizes, saved by transformers; the same weights as GGUF files, laid out as converters do."""
+"""Tiny random models of awkward sizes, saved by transformers; the same weights as GGUF, laid out as converters do."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def save_model(name: str, folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-    classes = (MistralConfig, MistralForCausalLM) if "sliding_window" in CONFIGS[name] else (LlamaConfig, LlamaForCausalLM)
+    classes = (
+        (MistralConfig, MistralForCausalLM) if "sliding_window" in CONFIGS[name] else (LlamaConfig, LlamaForCausalLM)
+    )
     torch.manual_seed(list(CONFIGS).index(name))
     model = classes[1](classes[0](**(SIZES | CONFIGS[name])))
     with torch.no_grad():
@@ -64,6 +66,7 @@ def transformers_logits(folder: Path, tokens: list[int], **kwargs: Any) -> np.nd
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # its threads spin, and tests run side by side
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **kwargs)
     with torch.inference_mode():
         return model(torch.tensor([tokens])).logits[0].numpy()

@@ -25,7 +25,7 @@ class _Place(NamedTuple):
 
 
 class Decoder:
-    """Layers `layers` of the model that `spec` describes (Touvron et al. 2023; grouped queries: Ainslie et al. 2023)."""
+    """Layers `layers` of the model in `spec` (Touvron et al. 2023; grouped queries: Ainslie et al. 2023)."""
 
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, layers: range) -> None:
         self.spec, self.weights, self.layers = spec, weights, layers
