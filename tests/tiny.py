@@ -22,10 +22,20 @@ def byte_alphabet() -> list[str]:
 
 
 def write_tiny(
-    path: Path, kind: str = "F32", *, layers: int = 3, heads: int = 6, kv_heads: int = 3, head_dim: int = 32, ffn: int = 160,
-    context: int = 512, window: int | None = None, seed: int = 0,
-) -> Path:  # fmt: skip
-    """A llama GGUF of 259 tokens, its matrices stored as `kind`; quantised kinds need sizes that are multiples of 32."""
+    path: Path,
+    kind: str = "F32",
+    *,
+    layers: int = 3,
+    heads: int = 6,
+    kv_heads: int = 3,
+    head_dim: int = 32,
+    ffn: int = 160,
+    context: int = 512,
+    window: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """A llama GGUF of 259 tokens, its matrices stored as `kind`; quantised kinds need sizes that are multiples of
+    32."""
     rng = np.random.default_rng(seed)
     dim = heads * head_dim
     writer = gguf.GGUFWriter(path, "llama")
@@ -65,9 +75,14 @@ def write_tiny(
         for norm in ("attn_norm", "ffn_norm"):
             vector(f"blk.{layer}.{norm}.weight")
         for name, rows, cols in (
-            ("attn_q", dim, dim), ("attn_k", kv_heads * head_dim, dim), ("attn_v", kv_heads * head_dim, dim), ("attn_output", dim, dim),
-            ("ffn_gate", ffn, dim), ("ffn_up", ffn, dim), ("ffn_down", dim, ffn),
-        ):  # fmt: skip
+            ("attn_q", dim, dim),
+            ("attn_k", kv_heads * head_dim, dim),
+            ("attn_v", kv_heads * head_dim, dim),
+            ("attn_output", dim, dim),
+            ("ffn_gate", ffn, dim),
+            ("ffn_up", ffn, dim),
+            ("ffn_down", dim, ffn),
+        ):
             matrix(f"blk.{layer}.{name}.weight", rows, cols)
     vector("output_norm.weight")
     writer.write_header_to_file()

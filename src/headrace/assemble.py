@@ -49,7 +49,8 @@ class Model:
 
 
 def open_model(name: str) -> Model:
-    """Find a model (pulling it where needed), map its file and read its spec. Raises the errors of `formats` and `model.spec`."""
+    """Find a model (pulling it where needed), map its file and read its spec. Raises the errors of `formats` and
+    `model.spec`."""
     path = resolve(name)
     file = open_checkpoint(path) if path.is_dir() else open_gguf(path)
     return Model(name, path, file, read_spec(file))
@@ -63,7 +64,9 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     layers = range(spec.layers)
     decoder = Decoder(spec, load_weights(model.file, spec, ops, layers), layers)
     caches = [
-        ops.kv_cache(len(group.layers), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype)
+        ops.kv_cache(
+            len(group.layers), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype
+        )
         for group in spec.kv_groups
     ]
     residents = Residents(resolved.max_sequences, resolved.max_context, resolved.page_size, len(caches))
@@ -82,7 +85,9 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     return Engine(scheduler, _executor(decoder, ops, caches, residents, resolved), resolved.steps_in_flight), resolved
 
 
-def _executor(decoder: Decoder, ops: NativeOps | ReferenceOps, caches: list[list[Any]], residents: Residents, resolved: Resolved) -> Executor:
+def _executor(
+    decoder: Decoder, ops: NativeOps | ReferenceOps, caches: list[list[Any]], residents: Residents, resolved: Resolved
+) -> Executor:
     if isinstance(ops, ReferenceOps):
         return ThreadExecutor(Runner(decoder, ops, caches, residents).run)
     pages = -(-resolved.max_context // resolved.page_size)
@@ -112,12 +117,15 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
         memory = min(memory, settings.max_sequences * -(-context // settings.page_size) * page_bytes + page_bytes)
     pages = memory // page_bytes
     if pages < 2:
-        raise CapacityError(f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; raise kv_memory, or lower page_size")
+        raise CapacityError(
+            f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; "
+            "raise kv_memory, or lower page_size"
+        )
     fitting = (pages - 1) * settings.page_size + 1
     if context > fitting and settings.max_context is not None:
         raise CapacityError(
-            f"a context of {context} tokens needs {-(-context // settings.page_size) * page_bytes + page_bytes} bytes of KV memory, "
-            f"there are {memory}; raise kv_memory or lower max_context"
+            f"a context of {context} tokens needs {(-(-context // settings.page_size) + 1) * page_bytes} bytes of KV "
+            f"memory, there are {memory}; raise kv_memory or lower max_context"
         )
     return Resolved(
         model=model.name,

@@ -21,10 +21,11 @@ from .workers.wire import HEADER, Add, Events, Finish, Load, Ready, Refused, ToE
 
 
 class AsyncLLM:
-    """LLM for asyncio, many requests at once: `async with AsyncLLM("smollm2-135m") as llm: await llm.generate("Once upon")`.
+    """LLM for asyncio, many requests at once: `async with AsyncLLM("smollm2-135m") as llm: await llm.generate("Once
+    upon")`.
 
-    `settings` are the fields of `config.Settings`. A request whose task is cancelled, or whose stream is left, ends at once in the engine
-    too. If the engine's process dies, everything that waits for it raises EngineDeadError.
+    `settings` are the fields of `config.Settings`. A request whose task is cancelled, or whose stream is left, ends
+    at once in the engine too. If the engine's process dies, everything that waits for it raises EngineDeadError.
     """
 
     config: Resolved
@@ -41,7 +42,9 @@ class AsyncLLM:
         await self.start()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def start(self) -> None:
@@ -50,7 +53,9 @@ class AsyncLLM:
         ours, theirs = socket.socketpair()
         with theirs:
             command = (sys.executable, "-m", f"{__package__}.engine_process", str(theirs.fileno()))
-            self._process = await asyncio.create_subprocess_exec(*command, pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL)
+            self._process = await asyncio.create_subprocess_exec(
+                *command, pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL
+            )
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
         self._send(Load(self._name, self._settings))
         self.spec = opened.spec
@@ -94,15 +99,20 @@ class AsyncLLM:
         """Complete one prompt, piece by piece."""
         return self._stream(self._ready().prompt_ids(prompt), params or SamplingParams(), options)
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Delta]:
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[Delta]:
         """`chat`, piece by piece."""
         return self._stream(self._ready().chat_ids(messages), params or SamplingParams(), options)
 
-    # -- how ----------------------------------------------------------------------------------------------------------------
+    # -- how
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _ready(self) -> Frontend:
         if self._death or self._frontend is None:
-            raise self._death or EngineDeadError("the engine is not running; use `async with AsyncLLM(...)` or await start()")
+            raise self._death or EngineDeadError(
+                "the engine is not running; use `async with AsyncLLM(...)` or await start()"
+            )
         return self._frontend
 
     async def _run(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> Output:
@@ -114,7 +124,9 @@ class AsyncLLM:
         finally:
             self._end(live)
 
-    async def _stream(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> AsyncIterator[Delta]:
+    async def _stream(
+        self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]
+    ) -> AsyncIterator[Delta]:
         live = self._start(prompt_ids, params, options)
         try:
             while live.deltas or not live.completion.done:

@@ -34,7 +34,7 @@ class Sample:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     logits: np.ndarray | None = None  # float32 [rows, vocab], if asked for
-    timings: Timings = Timings()
+    timings: Timings = field(default_factory=Timings)
     error: str | None = None
 
 
@@ -74,17 +74,21 @@ class Output:
 class Completion:
     """One request on its way: takes events, gives deltas, ends as an Output.
 
-    `stop(sample_index)` is called when a stop string ends a sample: it must end the sequence in the engine and return the
-    sample's last event, or None where that event comes later by itself.
+    `stop(sample_index)` is called when a stop string ends a sample: it must end the sequence in the engine and
+    return the sample's last event, or None where that event comes later by itself.
     """
 
     def __init__(
         self, prompt_ids: list[int], params: SamplingParams, tokenizer: Tokenizer, stop: Callable[[int], Event | None]
     ) -> None:
-        self.output = Output(prompt_ids, [Sample() for _ in range(params.n)], [] if params.prompt_logprobs is not None else None)
+        self.output = Output(
+            prompt_ids, [Sample() for _ in range(params.n)], [] if params.prompt_logprobs is not None else None
+        )
         self._params, self._stop = params, stop
         self._text = [Detokenizer(tokenizer, params.skip_special_tokens, prompt_ids) for _ in range(params.n)]
-        self._matchers = [StopMatcher(params.stop, params.include_stop) if params.stop else None for _ in range(params.n)]
+        self._matchers = [
+            StopMatcher(params.stop, params.include_stop) if params.stop else None for _ in range(params.n)
+        ]
         self._stop_ids = frozenset(stop_ids(params, tokenizer))
         self._logits: list[list[np.ndarray]] = [[] for _ in range(params.n)]
         self._stopped = [False] * params.n  # by a stop string; the last event may be still to come

@@ -1,4 +1,5 @@
-"""Settings: frozen, checked once. What is left open is resolved at the door (`assemble.py`), where model and machine are known."""
+"""Settings: frozen, checked once. What is left open is resolved at the door (`assemble.py`), where model and
+machine are known."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ KERNELS = ("auto", "native", "reference")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a user may ask of an engine; `kv_memory` is in bytes, the rest in tokens, sequences, threads or steps. None and "auto"
-    leave the choice to Headrace.
+    """What a user may ask of an engine; `kv_memory` is in bytes, the rest in tokens, sequences, threads or steps.
+    None and "auto" leave the choice to Headrace.
 
-    `policy`: "fcfs" admits by priority, then arrival; "longest-prefix" prefers, within a short look-ahead, the prompt with the
-    most cached tokens; "static" admits a batch only when the last one has finished (for comparison).
+    `policy`: "fcfs" admits by priority, then arrival; "longest-prefix" prefers, within a short look-ahead, the
+    prompt with the most cached tokens; "static" admits a batch only when the last one has finished (for
+    comparison).
     """
 
     kernels: str = "auto"
@@ -53,8 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How steps are put together: at most `max_batch_tokens` rows, `max_sequences` sequences, and `max_logit_rows` rows of logits
-    (4 bytes times the vocabulary each) in a step."""
+    """How steps are put together: at most `max_batch_tokens` rows, `max_sequences` sequences, and `max_logit_rows`
+    rows of logits (4 bytes times the vocabulary each) in a step."""
 
     max_batch_tokens: int = 512
     max_sequences: int = 64

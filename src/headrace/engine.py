@@ -13,7 +13,8 @@ from .workers.executor import Executor, Pending
 
 
 class Engine:
-    """Keeps up to `steps_in_flight` steps submitted, so that a worker never waits for the host. Not thread-safe: one loop owns it."""
+    """Keeps up to `steps_in_flight` steps submitted, so that a worker never waits for the host. Not thread-safe:
+    one loop owns it."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, steps_in_flight: int = 2) -> None:
         if not 1 <= steps_in_flight <= 64:
@@ -51,7 +52,9 @@ class Engine:
         """Queue one sequence; RequestError or CapacityError where it cannot run."""
         self.scheduler.add(request)
 
-    def finish(self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled") -> list[Event]:
+    def finish(
+        self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled"
+    ) -> list[Event]:
         """End a request, or one of its samples, at once."""
         return self.scheduler.finish(request_id, sample_index, reason)
 

@@ -1,12 +1,11 @@
 """An engine in a process of its own: `python -m headrace.engine_process FD`, FD being its end of a socket pair.
 
-One loop and no other thread: take what the door sends, run a step, send what came of it. It ends when the socket does, so
-it never outlives the door.
+One loop and no other thread: take what the door sends, run a step, send what came of it. It ends when the socket
+does, so it never outlives the door.
 """
 
 from __future__ import annotations
 
-import ctypes
 import select
 import signal
 import socket
@@ -16,7 +15,21 @@ from . import errors
 from .assemble import build_engine, open_model
 from .engine import Engine
 from .errors import HeadraceError
-from .workers.wire import HEADER, Add, Events, Finish, FromEngine, Load, Ready, Refused, ToEngine, frame, frame_length, to_engine
+from .processes import die_with_parent
+from .workers.wire import (
+    HEADER,
+    Add,
+    Events,
+    Finish,
+    FromEngine,
+    Load,
+    Ready,
+    Refused,
+    ToEngine,
+    frame,
+    frame_length,
+    to_engine,
+)
 
 
 def serve(door: socket.socket) -> None:
@@ -99,12 +112,6 @@ def error_of(refused: Refused) -> HeadraceError:
     error = HeadraceError.__new__(kind if isinstance(kind, type) and issubclass(kind, HeadraceError) else HeadraceError)
     error.args = (refused.message,)
     return error
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies; elsewhere the closed socket must do."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def main() -> None:

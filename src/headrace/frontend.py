@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from .completion import stop_ids
 from .errors import RequestError
 from .text.tokenizer import Tokenizer
@@ -40,7 +42,9 @@ class Frontend:
         ids = list(prompt)
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise RequestError(f"prompt token {token!r:.40} is not an id of this model; ids go from 0 to {self.vocab_size - 1}")
+                raise RequestError(
+                    f"prompt token {token!r:.40} is not an id of this model; ids go from 0 to {self.vocab_size - 1}"
+                )
         return ids
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -50,10 +54,10 @@ class Frontend:
         TemplateError where the conversation cannot be written.
         """
         name = self._special_name
-        ends = {"bos_token": name(self.tokenizer.bos_id), "eos_token": name(next(iter(self.tokenizer.eos_ids), None))}
+        bos, eos = name(self.tokenizer.bos_id), name(next(iter(self.tokenizer.eos_ids), None))
         names = {name(token) for token in self.tokenizer.special_ids} - {""}
         guarded = _guard(list(messages), names)
-        text = self._template().render(guarded, **ends)
+        text = self._template().render(guarded, bos_token=bos, eos_token=eos)
         if guarded == list(messages):
             return self.tokenizer.encode(text, add_special=False, parse_special=True)
         ids: list[int] = []
@@ -67,7 +71,9 @@ class Frontend:
             from .text.chat import ChatTemplate
 
             if self.tokenizer.chat_template is None:
-                raise RequestError("this model has no chat template; give it plain text (generate, or --raw on the command line)")
+                raise RequestError(
+                    "this model has no chat template; give it plain text (generate, or --raw on the command line)"
+                )
             self._compiled = ChatTemplate(self.tokenizer.chat_template)
         return self._compiled
 
@@ -79,7 +85,11 @@ class Frontend:
         deadline: float | None = None, salt: str = "",
     ) -> list[Request]:  # fmt: skip
         """One request per sample. An absent seed is drawn here; `deadline` is in seconds from now."""
-        for name, tokens in (("logit_bias", params.logit_bias), ("banned_tokens", params.banned_tokens), ("stop_token_ids", params.stop_token_ids)):
+        for name, tokens in (
+            ("logit_bias", params.logit_bias),
+            ("banned_tokens", params.banned_tokens),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
             for token in tokens:
                 if token >= self.vocab_size:
                     raise RequestError(f"{name} names token {token}; ids go from 0 to {self.vocab_size - 1}")
@@ -96,11 +106,7 @@ class Frontend:
             kind=kind,
             salt=salt,
         )
-        return [_sample_of(first, index) for index in range(params.n)]
-
-
-def _sample_of(request: Request, index: int) -> Request:
-    return Request(**{name: getattr(request, name) for name in request.__struct_fields__} | {"sample_index": index})
+        return [msgspec.structs.replace(first, sample_index=index) for index in range(params.n)]
 
 
 def _guard(value: Any, names: set[str]) -> Any:

@@ -22,8 +22,9 @@ _SCORE = SamplingParams(max_tokens=1, return_logits=True)
 class LLM:
     """A model, its tokenizer and an engine. `settings` are the fields of `config.Settings`.
 
-    Calls from one thread only; streams may be interleaved with other calls. For asyncio, and for an engine in its own process,
-    see AsyncLLM. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, ConfigError or CapacityError.
+    Calls from one thread only; streams may be interleaved with other calls. For asyncio, and for an engine in its
+    own process, see AsyncLLM. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, ConfigError or
+    CapacityError.
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
@@ -35,17 +36,27 @@ class LLM:
         self._live: dict[str, Completion] = {}
         self._deltas: dict[str, list[Delta]] = {}
 
-    # -- doors ------------------------------------------------------------------------------------------------------------
+    # -- doors
+    # ------------------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
     ) -> list[Output]:
-        """Complete each prompt (text, or token ids); one Output per prompt, in order. `options`: priority, deadline, salt.
+        """Complete each prompt (text, or token ids); one Output per prompt, in order. `options`: priority,
+        deadline, salt.
 
-        A request that fails alone ends with finish_reason "error" and its sample's `error`; a malformed one raises RequestError.
+        A request that fails alone ends with finish_reason "error" and its sample's `error`; a malformed one raises
+        RequestError.
         """
         many = _prompts(prompts)
-        each = [params or SamplingParams()] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = (
+            [params or SamplingParams()] * len(many)
+            if params is None or isinstance(params, SamplingParams)
+            else list(params)
+        )
         if len(each) != len(many):
             raise RequestError(f"{len(each)} sampling params for {len(many)} prompts; give one, or one for each")
         ids = [self._frontend.prompt_ids(prompt) for prompt in many]
@@ -60,7 +71,9 @@ class LLM:
         """Complete one prompt, piece by piece. Leaving the iterator cancels what is left."""
         return self._stream(self._frontend.prompt_ids(prompt), params or SamplingParams(), options)
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Iterator[Delta]:
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[Delta]:
         """`chat`, piece by piece."""
         return self._stream(self._frontend.chat_ids(messages), params or SamplingParams(), options)
 
@@ -81,15 +94,20 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    # -- how ----------------------------------------------------------------------------------------------------------------
+    # -- how
+    # ----------------------------------------------------------------------------------------------------------------
 
     def _start(self, prompt_ids: list[int], params: SamplingParams, *, kind: Kind = "generate", **options: Any) -> str:
         requests = self._frontend.requests(prompt_ids, params, kind=kind, **options)
         request_id = requests[0].id
-        self._live[request_id] = Completion(prompt_ids, params, self.tokenizer, lambda index: self._stop(request_id, index))
+        self._live[request_id] = Completion(
+            prompt_ids, params, self.tokenizer, lambda index: self._stop(request_id, index)
+        )
         try:
             for request in requests:
                 self.engine.add(request)

@@ -1,5 +1,6 @@
-"""The data that travels through the house: Request, Chunk, Step, StepResult, Event. All of it is plain and can cross a
-process boundary (msgspec); only `Sequence`, which the scheduler owns alone, is mutable and stays at home."""
+"""The data that travels through the house: Request, Chunk, Step, StepResult, Event. All of it is plain and can
+cross a process boundary (msgspec); only `Sequence`, which the scheduler owns alone, is mutable and stays at
+home."""
 
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ MAX_BIASES = 4096
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens. Checked once, here: a value out of range raises RequestError.
 
-    `temperature=0` is greedy (ties go to the lowest id). `top_k=0`, `top_p=1`, `min_p=0`, `typical_p=1`, `repetition_penalty=1` and
-    the two other penalties at 0 are off. Penalties and filters apply in this order: bias and bans, repetition (prompt and
-    output), presence and frequency (output only), temperature, top-k, typical-p, top-p, min-p. Logprobs are of the model's
-    own distribution, before all of that. An absent `seed` is drawn at admission and kept.
+    `temperature=0` is greedy (ties go to the lowest id). `top_k=0`, `top_p=1`, `min_p=0`, `typical_p=1`,
+    `repetition_penalty=1` and the two other penalties at 0 are off. Penalties and filters apply in this order: bias
+    and bans, repetition (prompt and output), presence and frequency (output only), temperature, top-k, typical-p,
+    top-p, min-p. Logprobs are of the model's own distribution, before all of that. An absent `seed` is drawn at
+    admission and kept.
     """
 
     max_tokens: int = 256
@@ -75,7 +77,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
         if len(self.stop) > MAX_STOPS or len(self.stop_token_ids) > MAX_BIASES or len(self.banned_tokens) > MAX_BIASES:
-            raise RequestError(f"at most {MAX_STOPS} stop strings and {MAX_BIASES} stop or banned token ids can be given")
+            raise RequestError(
+                f"at most {MAX_STOPS} stop strings and {MAX_BIASES} stop or banned token ids can be given"
+            )
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise RequestError(f"a stop string must be text of 1 to {MAX_STOP_CHARS} characters, got {text!r:.80}")
@@ -171,7 +175,8 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Natural log of a token's probability and its rank (1 = most likely), with the most likely (token, logprob) pairs."""
+    """Natural log of a token's probability and its rank (1 = most likely), with the most likely (token, logprob)
+    pairs."""
 
     token: int
     logprob: float
@@ -180,7 +185,8 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ChunkExtras(msgspec.Struct, frozen=True):
-    """What only some requests ask for, by chunk: `prompt_logprobs[i]` belongs to the token at position `start + i + 1`."""
+    """What only some requests ask for, by chunk: `prompt_logprobs[i]` belongs to the token at position `start + i +
+    1`."""
 
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

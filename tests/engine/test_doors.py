@@ -10,14 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.tiny import write_tiny
 
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.completion import Completion, Delta
 from headrace.errors import (
-    CapacityError, ConfigError, EngineDeadError, ModelFileError, ModelNotFoundError, RequestError, TemplateError,
-)  # fmt: skip
+    CapacityError,
+    ConfigError,
+    EngineDeadError,
+    ModelFileError,
+    ModelNotFoundError,
+    RequestError,
+    TemplateError,
+)
 from headrace.types import Event, Timings
-from tests.tiny import write_tiny
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -77,11 +83,16 @@ def test_stop_strings_end_a_sample_at_once(llm: LLM) -> None:
 
 
 def test_a_stop_string_in_the_last_token_ends_it_as_a_stop(llm: LLM) -> None:
-    """The sequence ends by its length in the very step in which the stop string appears, so the engine knows it no more."""
+    """The sequence ends by its length in the very step in which the stop string appears, so the engine knows it no
+    more."""
     params = SamplingParams(max_tokens=3, stop=("bc",))
-    completion = Completion([5], params, llm.tokenizer, lambda index: pytest.fail("the engine has forgotten the sequence"))
+    completion = Completion(
+        [5], params, llm.tokenizer, lambda index: pytest.fail("the engine has forgotten the sequence")
+    )
     a, b, c = llm.tokenizer.encode("abc")
-    assert [delta and delta.text for delta in (completion.push(Event("x", 0, (a,))), completion.push(Event("x", 0, (b,))))] == ["a", ""]
+    assert [
+        delta and delta.text for delta in (completion.push(Event("x", 0, (a,))), completion.push(Event("x", 0, (b,))))
+    ] == ["a", ""]
     last = completion.push(Event("x", 0, (c,), finish_reason="length", timings=Timings(decode=1.0)))
     assert last == Delta(0, "", (c,), (), "stop", Timings(decode=1.0))
     assert completion.done and completion.output.text == "a" and completion.output.token_ids == [a, b, c]
@@ -90,7 +101,9 @@ def test_a_stop_string_in_the_last_token_ends_it_as_a_stop(llm: LLM) -> None:
 def test_stop_tokens_are_kept_as_tokens_and_left_out_of_text(llm: LLM) -> None:
     tokens = llm.generate("ids", GREEDY)[0].token_ids
     stop = tokens[5]
-    output = llm.generate("ids", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=(stop,)))[0]
+    output = llm.generate("ids", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=(stop,)))[
+        0
+    ]
     first = tokens.index(stop)
     assert output.finish_reason == "stop" and output.token_ids == tokens[: first + 1]
     assert output.text == llm.tokenizer.decode(tokens[:first])
@@ -100,9 +113,15 @@ def test_stop_tokens_are_kept_as_tokens_and_left_out_of_text(llm: LLM) -> None:
 
 def test_logprobs_are_of_the_model_and_prompts_are_scored(llm: LLM) -> None:
     ids = [10, 20, 30, 40, 50]
-    output = llm.generate([ids], SamplingParams(temperature=0.5, seed=1, max_tokens=3, logprobs=2, prompt_logprobs=1, ignore_eos=True))[0]
+    output = llm.generate(
+        [ids], SamplingParams(temperature=0.5, seed=1, max_tokens=3, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    )[0]
     logits = llm.logits([*ids, *output.token_ids]).astype(np.float64)
-    logprobs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True)) - logits.max(1, keepdims=True)
+    logprobs = (
+        logits
+        - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        - logits.max(1, keepdims=True)
+    )
     assert output.prompt_logprobs is not None and [entry.token for entry in output.prompt_logprobs] == ids[1:]
     sequence = [*ids, *output.token_ids]
     for position, entry in enumerate([*output.prompt_logprobs, *output.logprobs]):
@@ -136,7 +155,9 @@ def test_special_tokens_in_a_message_stay_text(llm: LLM) -> None:
         ("\ud800", {}, RequestError, "surrogate"),
     ],
 )
-def test_refusals_leave_the_engine_well(llm: LLM, prompt: object, params: dict, error: type[Exception], words: str) -> None:
+def test_refusals_leave_the_engine_well(
+    llm: LLM, prompt: object, params: dict, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         llm.generate([prompt], SamplingParams(**params))  # type: ignore[list-item]
     assert llm.engine.scheduler.unfinished == 0 and llm.generate("x", GREEDY)[0].finish_reason == "length"
@@ -145,19 +166,38 @@ def test_refusals_leave_the_engine_well(llm: LLM, prompt: object, params: dict, 
 @pytest.mark.parametrize(
     "params",
     [
-        {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.5}, {"n": 0}, {"n": True}, {"max_tokens": 0}, {"max_tokens": 2.5},
-        {"seed": 2**64}, {"stop": ("",)}, {"stop": ("x" * 2000,)}, {"logprobs": 1000}, {"min_tokens": 300}, {"logit_bias": {1: float("inf")}},
-        {"logit_bias": {-1: 1.0}}, {"top_k": -1}, {"repetition_penalty": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 1.5},
+        {"n": 0},
+        {"n": True},
+        {"max_tokens": 0},
+        {"max_tokens": 2.5},
+        {"seed": 2**64},
+        {"stop": ("",)},
+        {"stop": ("x" * 2000,)},
+        {"logprobs": 1000},
+        {"min_tokens": 300},
+        {"logit_bias": {1: float("inf")}},
+        {"logit_bias": {-1: 1.0}},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_params_are_checked_once_and_early(params: dict) -> None:
     with pytest.raises(RequestError):
         SamplingParams(**params)
 
 
 def test_bad_settings_and_models(tiny: str, tmp_path: Path) -> None:
-    for settings, words in (({"threads": 0}, "threads"), ({"policy": "random"}, "policy"), ({"kernels": "fast"}, "kernels"), ({"kv_dtype": "int3"}, "kv_dtype"), ({"max_context": 513}, "512")):
+    for settings, words in (
+        ({"threads": 0}, "threads"),
+        ({"policy": "random"}, "policy"),
+        ({"kernels": "fast"}, "kernels"),
+        ({"kv_dtype": "int3"}, "kv_dtype"),
+        ({"max_context": 513}, "512"),
+    ):
         with pytest.raises(ConfigError, match=words):
             LLM(tiny, **settings)
     with pytest.raises(CapacityError, match="raise kv_memory"):
@@ -176,7 +216,10 @@ def test_bad_settings_and_models(tiny: str, tmp_path: Path) -> None:
 def test_a_broken_template_is_a_typed_error(llm: LLM) -> None:
     with pytest.raises(RequestError, match="role"):
         llm.chat([{"content": "x"}])
-    llm.tokenizer.chat_template, kept = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", llm.tokenizer.chat_template
+    llm.tokenizer.chat_template, kept = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        llm.tokenizer.chat_template,
+    )
     llm._frontend._compiled = None
     with pytest.raises(TemplateError):
         llm.chat([{"role": "user", "content": "x"}])
@@ -193,10 +236,14 @@ async def test_async_equals_offline(engine: AsyncLLM, llm: LLM) -> None:
     assert text == offline[0].text
     chat = await engine.chat([{"role": "user", "content": "hi"}], GREEDY)
     assert chat.text == llm.chat([{"role": "user", "content": "hi"}], GREEDY).text
-    logits = (await engine.generate("x", SamplingParams(temperature=0, max_tokens=2, return_logits=True, ignore_eos=True))).logits
+    logits = (
+        await engine.generate("x", SamplingParams(temperature=0, max_tokens=2, return_logits=True, ignore_eos=True))
+    ).logits
     assert logits is not None and logits.shape == (2, 259)
     middle = offline[0].text[6:8]
-    stopped = await engine.generate(prompts[0], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=(middle,)))
+    stopped = await engine.generate(
+        prompts[0], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=(middle,))
+    )
     assert stopped.finish_reason == "stop" and stopped.text == offline[0].text[: offline[0].text.index(middle)]
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.tiny import write_tiny
 
 from headrace import LLM, SamplingParams
 from headrace.completion import Output
 from headrace.config import Settings
 from headrace.kernels import native
-from tests.tiny import write_tiny
 
 RNG = np.random.default_rng(1)
 LENGTHS = [1, 2, 3, 5, 8, 13, 21, 31, 32, 33, 34, 63, 64, 65, 90, 128] * 2
@@ -136,6 +136,15 @@ def test_logits_are_those_of_the_steps(setup: Setup, alone: list[Output]) -> Non
 
 def test_settings_are_all_exercised() -> None:
     """A new setting must come with an equality test above, or be named here."""
-    covered = {"max_batch_tokens", "max_sequences", "prefix_cache", "steps_in_flight", "page_size", "policy", "kv_memory", "max_context"}
+    covered = {
+        "max_batch_tokens",
+        "max_sequences",
+        "prefix_cache",
+        "steps_in_flight",
+        "page_size",
+        "policy",
+        "kv_memory",
+        "max_context",
+    }
     elsewhere = {"kernels", "threads", "kv_dtype"}  # they choose the arithmetic
     assert set(Settings.__struct_fields__) == covered | elsewhere

@@ -23,7 +23,9 @@ class PagesMachine(RuleBasedStateMachine):
         self.window = None
         self.pages = Pages(9, PAGE)
         self.tables: list[tuple[PageTable, list[int]]] = []
-        self.content: dict[int, tuple[int, ...]] = {}  # page -> tokens from position 0 to the page's end, as last written
+        self.content: dict[
+            int, tuple[int, ...]
+        ] = {}  # page -> tokens from position 0 to the page's end, as last written
 
     def _write(self, table: PageTable, tokens: list[int], start: int) -> None:
         for index in range(start // PAGE, len(table.pages)):
@@ -35,7 +37,9 @@ class PagesMachine(RuleBasedStateMachine):
         path = Path([self.pages])
         tables, matched = path.open(keys)
         for index in range(matched):
-            assert self.content[tables[0].pages[index]] == tuple(tokens[: (index + 1) * PAGE]), "a hit has the prefix's content"
+            assert self.content[tables[0].pages[index]] == tuple(tokens[: (index + 1) * PAGE]), (
+                "a hit has the prefix's content"
+            )
         self.tables.append((tables[0], tokens[: matched * PAGE]))
 
     @precondition(lambda self: self.tables)

@@ -1,5 +1,6 @@
-"""The scheduler against a plain model. The worker here is not a mock of one: it keeps a memory of pages, writes a fingerprint of
-the whole prefix where a model would write keys and values, and reads back everything that attention would read."""
+"""The scheduler against a plain model. The worker here is not a mock of one: it keeps a memory of pages, writes a
+fingerprint of the whole prefix where a model would write keys and values, and reads back everything that attention
+would read."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class Worker:
         self.windows = windows
         self.residents = Residents(sequences, CONTEXT, PAGE, len(windows))
         self.memory: list[dict[int, int]] = [{} for _ in windows]
-        self.touched: dict[int, tuple[set[tuple[int, int, int]], set[tuple[int, int, int]]]] = {}  # step -> reads, writes
+        self.touched: dict[
+            int, tuple[set[tuple[int, int, int]], set[tuple[int, int, int]]]
+        ] = {}  # step -> reads, writes
 
     def _touched(self, rows: Rows) -> tuple[set[tuple[int, int, int]], set[tuple[int, int, int]]]:
         """(pool, page, handle) that a step reads, and that it writes."""
@@ -85,7 +88,9 @@ class Worker:
             for window, memory, group in zip(self.windows, self.memory, rows.groups, strict=True):
                 for position in range(0 if window is None else max(0, last - window + 1), last + 1):
                     slot = int(group.page_table[index][position // PAGE]) * PAGE + position % PAGE
-                    assert memory.get(slot) == hash(tuple(resident.tokens[: position + 1])), "attention would read a wrong key"
+                    assert memory.get(slot) == hash(tuple(resident.tokens[: position + 1])), (
+                        "attention would read a wrong key"
+                    )
             token = NO_TOKEN
             if chunk.samples:
                 assert last + 1 == len(resident.tokens)
@@ -102,7 +107,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         pools = [Pages(CONTEXT // PAGE + 4, PAGE, window) for window in self.windows]
-        config = SchedulerConfig(max_batch_tokens=12, max_sequences=4, max_logit_rows=6, max_context=CONTEXT, policy=self.policy)
+        config = SchedulerConfig(
+            max_batch_tokens=12, max_sequences=4, max_logit_rows=6, max_context=CONTEXT, policy=self.policy
+        )
         self.scheduler = Scheduler(config, Path(pools))
         self.worker = Worker(self.windows, 4)
         self.flight: list[tuple[Step, StepResult]] = []
@@ -112,17 +119,27 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=25),
-        count=st.integers(1, 3), new=st.integers(1, 14), priority=st.integers(0, 2), salt=st.sampled_from(["", "a"]),
+        count=st.integers(1, 3),
+        new=st.integers(1, 14),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from(["", "a"]),
         deadline=st.one_of(st.none(), st.integers(5, 60)),
-    )  # fmt: skip
+    )
     def add(self, prompt: list[int], count: int, new: int, priority: int, salt: str, deadline: int | None) -> None:
         name = str(len(self.requests))
         for index in range(count):
             request = Request(
-                id=name, prompt_ids=tuple(prompt), params=SamplingParams(max_tokens=new, n=count), seed=0, stop_ids=(STOP,),
-                sample_index=index, arrival=self.now, priority=priority, salt=salt,
+                id=name,
+                prompt_ids=tuple(prompt),
+                params=SamplingParams(max_tokens=new, n=count),
+                seed=0,
+                stop_ids=(STOP,),
+                sample_index=index,
+                arrival=self.now,
+                priority=priority,
+                salt=salt,
                 deadline=None if deadline is None else self.now + deadline,
-            )  # fmt: skip
+            )
             self.scheduler.add(request)
             self.requests[name, index], self.outputs[name, index] = request, []
 
@@ -133,20 +150,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take(self.scheduler.expire(self.now))
         step = self.scheduler.plan(self.now)
         if step is None:
-            assert self.flight or not self.scheduler.unfinished, "work is left, nothing is in flight, and nothing was planned"
+            assert self.flight or not self.scheduler.unfinished, (
+                "work is left, nothing is in flight, and nothing was planned"
+            )
             return
         assert 0 < step.rows <= 12 and sum(chunk.logit_rows for chunk in step.chunks) <= 6
         result = self.worker.run(step)
         for earlier, _ in self.flight:
             reads, _ = self.worker.touched[earlier.number]
             for pool, page, handle in self.worker.touched[step.number][1]:
-                assert not any((pool, page) == (p, q) and handle != h for p, q, h in reads), "a page in use by a step in flight was given away"
+                assert not any((pool, page) == (p, q) and handle != h for p, q, h in reads), (
+                    "a page in use by a step in flight was given away"
+                )
         self.flight.append((step, result))
 
     @precondition(lambda self: self.flight)
     @rule()
     def apply(self) -> None:
-        step, result = self.flight.pop(0)
+        _, result = self.flight.pop(0)
         self.take(self.scheduler.apply(result, self.now))
 
     @precondition(lambda self: self.flight)
@@ -218,7 +239,11 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=120, stateful_step_count=90, deadline=None)  # over 10,000 operations
 for machine in (WindowedMachine, LongestPrefixMachine, StaticMachine):
     machine.TestCase.settings = FAST
-TestWindowed, TestLongestPrefix, TestStatic = WindowedMachine.TestCase, LongestPrefixMachine.TestCase, StaticMachine.TestCase
+TestWindowed, TestLongestPrefix, TestStatic = (
+    WindowedMachine.TestCase,
+    LongestPrefixMachine.TestCase,
+    StaticMachine.TestCase,
+)
 
 
 def request(name: str, prompt: list[int], new: int = 4, **options: object) -> Request:
@@ -266,7 +291,9 @@ def test_decodes_come_first_and_prompts_fill_the_rest() -> None:
     scheduler.add(request("new", [7] * 30, priority=5))
     step = scheduler.plan(1)
     assert step and [len(chunk.tokens) for chunk in step.chunks] == [1, 9]
-    assert [chunk.samples for chunk in step.chunks] == [True, False] and [chunk.logit_rows for chunk in step.chunks] == [1, 0]
+    assert [chunk.samples for chunk in step.chunks] == [True, False] and [
+        chunk.logit_rows for chunk in step.chunks
+    ] == [1, 0]
 
 
 def test_late_bound_tokens_name_the_step_that_samples_them() -> None:
@@ -274,7 +301,12 @@ def test_late_bound_tokens_name_the_step_that_samples_them() -> None:
     scheduler.add(request("a", [1, 2, 3]))
     steps = [scheduler.plan(0) for _ in range(6)]
     chunks = [step.chunks[0] for step in steps if step]
-    assert [(chunk.start, chunk.tokens, chunk.late_step) for chunk in chunks] == [(0, (1, 2, 3), -1), (3, (-1,), 0), (4, (-1,), 1), (5, (-1,), 2)]
+    assert [(chunk.start, chunk.tokens, chunk.late_step) for chunk in chunks] == [
+        (0, (1, 2, 3), -1),
+        (3, (-1,), 0),
+        (4, (-1,), 1),
+        (5, (-1,), 2),
+    ]
 
 
 def test_samples_share_the_prompt_and_copy_its_last_page() -> None:
@@ -321,7 +353,9 @@ def test_priorities_overtake_and_ranks_decide_who_is_preempted() -> None:
     scheduler.add(request("high", [2] * 8, 15, arrival=1.0, priority=1))
     finished = []
     while step := scheduler.plan(0):
-        events = scheduler.apply(StepResult(step.number, tuple(5 if chunk.samples else NO_TOKEN for chunk in step.chunks)), 0)
+        events = scheduler.apply(
+            StepResult(step.number, tuple(5 if chunk.samples else NO_TOKEN for chunk in step.chunks)), 0
+        )
         finished += [(event.request_id, event.timings.preemptions) for event in events if event.timings]
     assert finished == [("high", 0), ("low", 1)]
 
@@ -331,7 +365,10 @@ def test_deadlines_end_waiting_and_running_sequences() -> None:
     scheduler.add(request("runs", [1], 50, deadline=5.0))
     scheduler.add(request("waits", [1], 50, deadline=4.0))
     step = scheduler.plan(0)
-    assert [(event.request_id, event.finish_reason) for event in scheduler.expire(6.0)] == [("waits", "deadline"), ("runs", "deadline")]
+    assert [(event.request_id, event.finish_reason) for event in scheduler.expire(6.0)] == [
+        ("waits", "deadline"),
+        ("runs", "deadline"),
+    ]
     assert step and scheduler.apply(StepResult(step.number, (5,)), 6.0) == []
     scheduler.check()
     assert scheduler.path.pools[0].available == 99
@@ -343,7 +380,14 @@ def test_longest_prefix_goes_first_and_nobody_is_passed_over_for_ever() -> None:
     scheduler.add(warm)
     order = []
     for index in range(40):
-        scheduler.add(request(f"cold{index}" if index == 0 else f"hot{index}", [1] * 17 if index == 0 else [9] * 17, 1, arrival=index + 1.0))
+        scheduler.add(
+            request(
+                f"cold{index}" if index == 0 else f"hot{index}",
+                [1] * 17 if index == 0 else [9] * 17,
+                1,
+                arrival=index + 1.0,
+            )
+        )
     while step := scheduler.plan(0):
         for event in scheduler.apply(StepResult(step.number, (5,)), 0):
             order.append(event.request_id)

@@ -10,7 +10,8 @@ from .reference import ReferenceOps
 
 
 def choose_ops(kernels: str, threads: int) -> NativeOps | ReferenceOps:
-    """The op set for a setting of `kernels`: "auto" is native where that was built; otherwise a warning says what is missing.
+    """The op set for a setting of `kernels`: "auto" is native where that was built; otherwise a warning says what
+    is missing.
 
     Raises ConfigError where "native" is asked for and not there.
     """
@@ -18,7 +19,8 @@ def choose_ops(kernels: str, threads: int) -> NativeOps | ReferenceOps:
     if kernels == "reference" or (kernels == "auto" and reason is not None):
         if kernels == "auto":
             warnings.warn(
-                f"running the numpy op set, many times slower: the native kernels are missing ({reason}); reinstall with a C++ compiler",
+                f"running the numpy op set, many times slower: the native kernels are missing ({reason}); "
+                "reinstall with a C++ compiler",
                 stacklevel=2,
             )
         return ReferenceOps(threads)

@@ -1,11 +1,12 @@
 """The op table: all that a model is written in.
 
-`model/decoder.py` calls these on an op set and never looks at what the operands are. `reference.py` runs each call at once,
-on numpy arrays; a recording set returns slots of a program that is replayed later. So an op has no hidden state, takes
-its metadata as operands, and each row of its result depends on that row's operands alone, summed in one fixed order.
+`model/decoder.py` calls these on an op set and never looks at what the operands are. `reference.py` runs each call
+at once, on numpy arrays; a recording set returns slots of a program that is replayed later. So an op has no hidden
+state, takes its metadata as operands, and each row of its result depends on that row's operands alone, summed in
+one fixed order.
 
-Shapes: `rows` counts the tokens of a batch, over all chunks. Activations are float32 [rows, width]. Weights are opaque:
-`pack` makes a Matrix from a file's tensor, and only the same op set reads it.
+Shapes: `rows` counts the tokens of a batch, over all chunks. Activations are float32 [rows, width]. Weights are
+opaque: `pack` makes a Matrix from a file's tensor, and only the same op set reads it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Matrix = Any  # a packed weight [out, in]
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Rotary embedding as data: `inv_freq` float32 [rotated / 2] (radians a position), and a factor on cos and sin (yarn).
+    """Rotary embedding as data: `inv_freq` float32 [rotated / 2] (radians a position), and a factor on cos and sin
+    (yarn).
 
     Pairs are (i, i + rotated/2), the layout of Hugging Face checkpoints; columns past `rotated` pass through.
     """
@@ -32,7 +34,8 @@ class RopeTable:
 
 @dataclass
 class KVGroupBatch:
-    """Where a batch's keys and values live, for the layers of one KV group. Page 0 is the trash page: padding writes there."""
+    """Where a batch's keys and values live, for the layers of one KV group. Page 0 is the trash page: padding
+    writes there."""
 
     slots: Array  # int64 [rows]: page * page_size + offset, where each row's key and value are written
     page_table: Array  # int32 [chunks, pages]: each chunk's pages from position 0 on; 0 where freed or unused
@@ -40,7 +43,8 @@ class KVGroupBatch:
 
 @dataclass
 class Batch:
-    """A step's chunks as arrays. Row r of chunk c has position `positions[r]` and attends to positions 0..positions[r] of its sequence."""
+    """A step's chunks as arrays. Row r of chunk c has position `positions[r]` and attends to positions
+    0..positions[r] of its sequence."""
 
     tokens: Array  # int32 [rows]
     positions: Array  # int32 [rows]
@@ -60,11 +64,13 @@ class Ops(Protocol):
         ...
 
     def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> Array:
-        """Take a file's 1-d tensor as float32, its elements reordered by `row_order` if given (biases follow their matrix)."""
+        """Take a file's 1-d tensor as float32, its elements reordered by `row_order` if given (biases follow their
+        matrix)."""
         ...
 
     def kv_cache(self, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype: str) -> list[Any]:
-        """Allocate one KV group's pool: one cache per layer, `pages` pages of `page_size` tokens each (page 0 included)."""
+        """Allocate one KV group's pool: one cache per layer, `pages` pages of `page_size` tokens each (page 0
+        included)."""
         ...
 
     def copy_page(self, caches: list[Any], source: int, target: int) -> None:
@@ -92,13 +98,22 @@ class Ops(Protocol):
         ...
 
     def attention(
-        self, q: Array, cache: Any, batch: Batch, group: KVGroupBatch, *, heads: int, scale: float, window: int | None, softcap: float | None
+        self,
+        q: Array,
+        cache: Any,
+        batch: Batch,
+        group: KVGroupBatch,
+        *,
+        heads: int,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
     ) -> Array:
         """Causal grouped-query attention of q [rows, heads * head_dim] over its sequences' pages -> the same shape.
 
-        Row at position p sees keys at positions max(0, p - window + 1)..p, as they are stored. Scores are softcap * tanh(s / softcap)
-        where a softcap is given. Keys are taken in blocks that start at fixed absolute positions, so the order of sums
-        does not depend on chunks or pages.
+        Row at position p sees keys at positions max(0, p - window + 1)..p, as they are stored. Scores are softcap *
+        tanh(s / softcap) where a softcap is given. Keys are taken in blocks that start at fixed absolute positions,
+        so the order of sums does not depend on chunks or pages.
         """
         ...
 

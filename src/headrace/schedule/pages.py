@@ -5,9 +5,9 @@
         └──release, if not ────┘   └──────── adopt ─────────┘
            published
 
-A pool's pages are all of `page_size` tokens. Page 0 is the trash page: padding writes there, and nobody holds it. A full page
-whose content is known is *published* under a key that hashes its tokens and everything before them, and can then be adopted
-by any sequence with the same prefix.
+A pool's pages are all of `page_size` tokens. Page 0 is the trash page: padding writes there, and nobody holds it. A
+full page whose content is known is *published* under a key that hashes its tokens and everything before them, and
+can then be adopted by any sequence with the same prefix.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Pages:
         return max(0, self.pages_for(tokens) - len(table.pages))
 
     def grow(self, table: PageTable, tokens: int) -> tuple[int, ...] | None:
-        """Extend the table to cover `tokens` positions; the new pages. None, and nothing has changed, where they do not fit."""
+        """Extend the table to cover `tokens` positions; the new pages. None, and nothing has changed, where they do
+        not fit."""
         need = self.missing(table, tokens)
         if not need:
             return ()
@@ -75,7 +76,8 @@ class Pages:
         return [key in self._by_key for key in keys]
 
     def usable(self, present: Sequence[bool], pages: int) -> bool:
-        """Whether a sequence may start behind its first `pages` pages: those that its window still needs are present."""
+        """Whether a sequence may start behind its first `pages` pages: those that its window still needs are
+        present."""
         return all(present[self._first_needed(pages * self.page_size) : pages])
 
     def adopt(self, table: PageTable, keys: Sequence[bytes]) -> None:
@@ -94,8 +96,8 @@ class Pages:
         return parent.slid <= self._first_needed(tokens) and (tokens % self.page_size == 0 or self.available > 0)
 
     def fork(self, parent: PageTable, table: PageTable, tokens: int) -> tuple[int, int] | None:
-        """Give `table` the parent's first `tokens` positions: full pages shared, a partial last page copied at once, since
-        its next token will write there. Returns the copy to make as (source, target)."""
+        """Give `table` the parent's first `tokens` positions: full pages shared, a partial last page copied at
+        once, since its next token will write there. Returns the copy to make as (source, target)."""
         full, partial = divmod(tokens, self.page_size)
         for page in parent.pages[:full]:
             if page != TRASH:
@@ -125,7 +127,8 @@ class Pages:
             table.slid = index + 1
 
     def release(self, table: PageTable) -> None:
-        """Let go of every page. Published ones stay findable until they are needed; ends of chains are reused before their roots."""
+        """Let go of every page. Published ones stay findable until they are needed; ends of chains are reused
+        before their roots."""
         for page in reversed(table.pages):
             if page != TRASH:
                 self._drop(page)
@@ -149,8 +152,12 @@ class Pages:
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free) and not free & idle, "a page is free twice"
         held = {page for page, count in enumerate(refs) if count}
-        assert free | idle | held == set(range(1, self.count)) and not held & (free | idle), "a page is lost or both held and free"
-        assert {page: key for key, page in self._by_key.items()} == {p: k for p, k in enumerate(self._key_of) if k is not None}
+        assert free | idle | held == set(range(1, self.count)) and not held & (free | idle), (
+            "a page is lost or both held and free"
+        )
+        assert {page: key for key, page in self._by_key.items()} == {
+            p: k for p, k in enumerate(self._key_of) if k is not None
+        }
         assert all(self._key_of[page] is not None for page in idle) and not any(self._key_of[page] for page in free)
 
     def _first_needed(self, position: int) -> int:
@@ -185,7 +192,8 @@ class Pages:
 
 
 class Path:
-    """The pools that a sequence's keys and values live in, one for each KV group of each stage: all of them grow, or none."""
+    """The pools that a sequence's keys and values live in, one for each KV group of each stage: all of them grow,
+    or none."""
 
     def __init__(self, pools: Sequence[Pages]) -> None:
         if not pools or len({pool.page_size for pool in pools}) != 1:
@@ -214,16 +222,20 @@ class Path:
         return 0
 
     def fits(self, tables: Tables, tokens: int) -> bool:
-        return all(pool.missing(table, tokens) <= pool.available for pool, table in zip(self.pools, tables, strict=True))
+        return all(
+            pool.missing(table, tokens) <= pool.available for pool, table in zip(self.pools, tables, strict=True)
+        )
 
     def grow(self, tables: Tables, tokens: int) -> tuple[tuple[int, ...], ...] | None:
-        """Cover `tokens` positions in every pool; the new pages of each. None, and nothing has changed, where one is full."""
+        """Cover `tokens` positions in every pool; the new pages of each. None, and nothing has changed, where one
+        is full."""
         if not self.fits(tables, tokens):
             return None
         return tuple(pool.grow(table, tokens) or () for pool, table in zip(self.pools, tables, strict=True))
 
     def fork(self, parent: Tables, tokens: int) -> tuple[Tables, tuple[Transfer, ...]] | None:
-        """Tables that share the parent's first `tokens` positions, and the copies to make. None where that cannot be done now."""
+        """Tables that share the parent's first `tokens` positions, and the copies to make. None where that cannot
+        be done now."""
         if not all(pool.can_fork(table, tokens) for pool, table in zip(self.pools, parent, strict=True)):
             return None
         tables = tuple(PageTable() for _ in self.pools)
@@ -250,8 +262,8 @@ class Path:
 class PrefixKeys:
     """The keys of one sequence's full pages, computed as its tokens become known.
 
-    A key is a 128-bit BLAKE2b hash over the previous key and the page's tokens; the first hashes `root`: whatever must be
-    equal for two sequences to share keys and values (salt, adapter, KV format).
+    A key is a 128-bit BLAKE2b hash over the previous key and the page's tokens; the first hashes `root`: whatever
+    must be equal for two sequences to share keys and values (salt, adapter, KV format).
     """
 
     __slots__ = ("_last", "_page_size", "keys")

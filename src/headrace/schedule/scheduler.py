@@ -1,12 +1,14 @@
 """The scheduler: which tokens of which sequences the next step computes.
 
-There are no phases. A sequence has `computed <= scheduled <= length` tokens and catches up; prefill, chunked prefill, decode and
-recomputation after a preemption are the same thing. `length` counts tokens that are known and those that steps in flight
-will sample, so step n+1 can be planned before step n has answered.
+There are no phases. A sequence has `computed <= scheduled <= length` tokens and catches up; prefill, chunked
+prefill, decode and recomputation after a preemption are the same thing. `length` counts tokens that are known and
+those that steps in flight will sample, so step n+1 can be planned before step n has answered.
 
     add ──▶ waiting ──admit──▶ running ──apply──▶ finished        residence: what a running sequence has on the workers,
-               ▲                  │                               a handle and pages. It is closed when the sequence stops
-               └──preempt, revoke─┘                               running; its pages come free when no step in flight names it.
+               ▲                  │                               a handle and pages. It is closed when the sequence
+               stops
+               └──preempt, revoke─┘                               running; its pages come free when no step in flight
+               names it.
 """
 
 from __future__ import annotations
@@ -50,19 +52,23 @@ class Scheduler:
         self._dropped: list[int] = []  # handles that the workers may forget
         self._next_step = self._next_handle = self._next_order = 0
 
-    # -- what the engine calls ------------------------------------------------------------------------------------------
+    # -- what the engine calls
+    # ------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Queue a sequence. RequestError where it is malformed, CapacityError where it can never fit."""
         key = (request.id, request.sample_index)
         if key in self._sequences:
-            raise RequestError(f"request {request.id!r} sample {request.sample_index} is already running; ids must be unique")
+            raise RequestError(
+                f"request {request.id!r} sample {request.sample_index} is already running; ids must be unique"
+            )
         if not request.prompt_ids:
             raise RequestError("the prompt has no tokens; give at least one")
         limit = self.max_context - (1 if request.kind == "generate" else 0)
         if len(request.prompt_ids) > limit:
             raise CapacityError(
-                f"the prompt has {len(request.prompt_ids)} tokens; at most {limit} fit a context of {self.max_context} (raise max_context or kv_memory)"
+                f"the prompt has {len(request.prompt_ids)} tokens; at most {limit} fit a context of "
+                f"{self.max_context} (raise max_context or kv_memory)"
             )
         wanted = request.params.max_tokens if request.kind == "generate" else 0
         max_length = min(len(request.prompt_ids) + wanted, self.max_context)
@@ -81,7 +87,13 @@ class Scheduler:
             self._plan_waiting(draft, now)
         if not draft.chunks:
             return None
-        step = Step(self._next_step, tuple(draft.chunks.values()), tuple(draft.opened), tuple(draft.transfers), tuple(self._dropped))
+        step = Step(
+            self._next_step,
+            tuple(draft.chunks.values()),
+            tuple(draft.opened),
+            tuple(draft.transfers),
+            tuple(self._dropped),
+        )
         self._dropped.clear()
         self._next_step += 1
         self._in_flight[step.number] = step
@@ -103,7 +115,8 @@ class Scheduler:
         return events
 
     def revoke(self, number: int) -> None:
-        """A step will never be answered: its sequences start again from what is published, and later steps' answers for them are ignored."""
+        """A step will never be answered: its sequences start again from what is published, and later steps' answers
+        for them are ignored."""
         for chunk in self._in_flight.pop(number).chunks:
             residence = self._residences[chunk.seq]
             residence.in_flight -= 1
@@ -113,15 +126,19 @@ class Scheduler:
                 self._requeue(residence.sequence)
 
     def revoke_pools(self) -> None:
-        """The pools' memory is lost: every step in flight is revoked, every running sequence starts again, nothing stays published."""
+        """The pools' memory is lost: every step in flight is revoked, every running sequence starts again, nothing
+        stays published."""
         for number in list(self._in_flight):
             self.revoke(number)
         for _, sequence in list(self._running):
             self._requeue(sequence)
         self.path.forget()
 
-    def finish(self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled") -> list[Event]:
-        """End sequences of a request at once (all samples where no index is given); nothing more is scheduled for them."""
+    def finish(
+        self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled"
+    ) -> list[Event]:
+        """End sequences of a request at once (all samples where no index is given); nothing more is scheduled for
+        them."""
         if sample_index is not None:
             found = [self._sequences.get((request_id, sample_index))]
         else:
@@ -161,10 +178,12 @@ class Scheduler:
         for _, sequence in self._running:
             assert 0 <= sequence.computed <= sequence.scheduled <= sequence.length <= sequence.max_length
 
-    # -- planning -------------------------------------------------------------------------------------------------------
+    # -- planning
+    # -------------------------------------------------------------------------------------------------------
 
     def _plan_running(self, draft: _Draft) -> bool:
-        """Decodes first, then whoever has more to catch up with, each in order of rank. True if a sequence was preempted."""
+        """Decodes first, then whoever has more to catch up with, each in order of rank. True if a sequence was
+        preempted."""
         running = list(self._running)
         catching_up = []
         for _, sequence in running:
@@ -254,7 +273,9 @@ class Scheduler:
         if self.config.policy != "longest-prefix" or self._waiting[first][1].passed_over >= LOOK_AHEAD:
             return first
         priority = self._waiting[first][0][0]
-        candidates = [i for i in range(first, min(first + LOOK_AHEAD, len(self._waiting))) if self._waiting[i][0][0] == priority]
+        candidates = [
+            i for i in range(first, min(first + LOOK_AHEAD, len(self._waiting))) if self._waiting[i][0][0] == priority
+        ]
         best = max(candidates, key=lambda i: (self._cached_pages(self._waiting[i][1]), -i))
         if best != first:
             self._waiting[first][1].passed_over += 1
@@ -265,7 +286,8 @@ class Scheduler:
         return self.path.matched([pool.match(keys) for pool in self.path.pools], len(keys))
 
     def _prefix_keys(self, sequence: Sequence) -> list[bytes]:
-        """Keys of the pages that may be taken from the cache: never all tokens, for the last one's logits are needed."""
+        """Keys of the pages that may be taken from the cache: never all tokens, for the last one's logits are
+        needed."""
         if not self.config.prefix_cache or (sequence.scores and sequence.scored < sequence.prompt_length):
             return []
         pages = (len(sequence.tokens) - 1) // self.path.page_size
@@ -273,13 +295,19 @@ class Scheduler:
 
     def _sibling(self, sequence: Sequence) -> Sequence | None:
         """The running first sample of the same request, whose prompt this one may share."""
-        if not sequence.request.sample_index or sequence.preemptions or sequence.scores or self.config.policy == "static":
+        if (
+            not sequence.request.sample_index
+            or sequence.preemptions
+            or sequence.scores
+            or self.config.policy == "static"
+        ):
             return None
         first = self._sequences.get((sequence.request.id, 0))
         return first if first and first.residence and first.request.prompt_ids == sequence.request.prompt_ids else None
 
     def _admit(self, draft: _Draft, sequence: Sequence, parent: Sequence | None, now: float) -> bool:
-        """Give a waiting sequence a residence and its first chunk. False, and nothing has changed, where it does not fit now."""
+        """Give a waiting sequence a residence and its first chunk. False, and nothing has changed, where it does
+        not fit now."""
         path = self.path
         forked = path.fork(parent.residence.tables, sequence.prompt_length - 1) if parent and parent.residence else None
         if forked:
@@ -311,7 +339,8 @@ class Scheduler:
         self._put(draft, residence, count, tuple(a + g for a, g in zip(adopted, grown, strict=True)))
         return True
 
-    # -- applying -------------------------------------------------------------------------------------------------------
+    # -- applying
+    # -------------------------------------------------------------------------------------------------------
 
     def _advance(self, residence: Residence, chunk: Chunk, result: StepResult, index: int, now: float) -> Event | None:
         sequence = residence.sequence
@@ -370,7 +399,11 @@ class Scheduler:
             del self._waiting[bisect_left(self._waiting, sequence.rank, key=itemgetter(0))]
         self._close(sequence)
         return Event(
-            sequence.request.id, sequence.request.sample_index, finish_reason=reason, error=error, timings=sequence.timings()
+            sequence.request.id,
+            sequence.request.sample_index,
+            finish_reason=reason,
+            error=error,
+            timings=sequence.timings(),
         )
 
     def _close(self, sequence: Sequence) -> None:

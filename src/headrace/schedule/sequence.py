@@ -21,9 +21,26 @@ class Sequence:
     """One request's tokens, and how far they are computed. Owned by the scheduler alone."""
 
     __slots__ = (
-        "admitted", "arrival_order", "cached_tokens", "computed", "first_token", "finished", "keys", "last_sampler", "last_token",
-        "max_length", "passed_over", "pending", "preemptions", "prompt_length", "published", "request", "residence", "scheduled",
-        "scored", "tokens",
+        "admitted",
+        "arrival_order",
+        "cached_tokens",
+        "computed",
+        "finished",
+        "first_token",
+        "keys",
+        "last_sampler",
+        "last_token",
+        "max_length",
+        "passed_over",
+        "pending",
+        "preemptions",
+        "prompt_length",
+        "published",
+        "request",
+        "residence",
+        "scheduled",
+        "scored",
+        "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, order: int, max_length: int, page_size: int) -> None:
@@ -53,7 +70,9 @@ class Sequence:
     def todo(self) -> int:
         """Tokens that could be computed now. The last token of a sequence at its maximum length need not be."""
         length = len(self.tokens) + self.pending
-        return (length if length < self.max_length else 0) - self.scheduled if self.generates else length - self.scheduled
+        return (
+            (length if length < self.max_length else 0) - self.scheduled if self.generates else length - self.scheduled
+        )
 
     @property
     def generates(self) -> bool:

@@ -12,9 +12,12 @@ from ..types import NO_TOKEN, Chunk, ChunkExtras, StepResult, TokenLogprob
 from .residents import Resident, Rows
 
 
-def answer(number: int, rows: Rows, chosen: list[int], logits: Iterator[np.ndarray], started: float, ended: float) -> StepResult:
-    """The answer to a step. `chosen[i]` is the token that the kernels chose for the step's i-th logit row, or NO_TOKEN where the row's
-    logits, float32 [vocab], come next in `logits`. Every sampled token is noted with its sequence."""
+def answer(
+    number: int, rows: Rows, chosen: list[int], logits: Iterator[np.ndarray], started: float, ended: float
+) -> StepResult:
+    """The answer to a step. `chosen[i]` is the token that the kernels chose for the step's i-th logit row, or
+    NO_TOKEN where the row's logits, float32 [vocab], come next in `logits`. Every sampled token is noted with its
+    sequence."""
     tokens: list[int] = []
     extras: dict[int, ChunkExtras] = {}
     row = 0

@@ -1,4 +1,5 @@
-"""Where steps run. An executor takes steps in order and answers each with a Pending; it never reorders a sequence's steps."""
+"""Where steps run. An executor takes steps in order and answers each with a Pending; it never reorders a sequence's
+steps."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class ThreadExecutor:
 
 
 class NullExecutor:
-    """A device that is not there: answers at once, and every sampled token is `token`. Runs the real scheduler without a model."""
+    """A device that is not there: answers at once, and every sampled token is `token`. Runs the real scheduler
+    without a model."""
 
     def __init__(self, token: int = 1) -> None:
         self._token = token

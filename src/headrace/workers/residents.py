@@ -97,6 +97,8 @@ class Residents:
         groups = tuple(self._group(table, slots, slots[of_chunk], positions, width) for table in self._tables)
         return Rows(step.chunks, residents, np.array(tokens, np.int32), positions, chunk_rows, logit_rows, groups)
 
-    def _group(self, table: np.ndarray, slots: np.ndarray, row_slots: np.ndarray, positions: np.ndarray, width: int) -> KVGroupBatch:
+    def _group(
+        self, table: np.ndarray, slots: np.ndarray, row_slots: np.ndarray, positions: np.ndarray, width: int
+    ) -> KVGroupBatch:
         pages, offsets = np.divmod(positions, self._page_size)
         return KVGroupBatch(table[row_slots, pages].astype(np.int64) * self._page_size + offsets, table[slots, :width])

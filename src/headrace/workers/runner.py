@@ -17,7 +17,8 @@ from .residents import Resident, Residents, Rows
 
 
 class Runner:
-    """Runs a whole model with an op set whose calls run at once. `caches[pool]` lists a KV group's caches, one per layer."""
+    """Runs a whole model with an op set whose calls run at once. `caches[pool]` lists a KV group's caches, one per
+    layer."""
 
     def __init__(self, decoder: Decoder, ops: Ops, caches: list[list[Any]], residents: Residents) -> None:
         self._decoder, self._ops, self._caches, self._residents = decoder, ops, caches, residents
@@ -37,8 +38,8 @@ class Runner:
 
 
 class NativeRunner:
-    """Runs a whole model as one captured program. An Executor: steps queue in native code, so no thread of Python's is kept busy
-    and a step can be queued before the one that samples its tokens has run."""
+    """Runs a whole model as one captured program. An Executor: steps queue in native code, so no thread of Python's
+    is kept busy and a step can be queued before the one that samples its tokens has run."""
 
     def __init__(self, program: NativeProgram, ops: NativeOps, caches: list[list[Any]], residents: Residents) -> None:
         self._program, self._ops, self._caches, self._residents = program, ops, caches, residents

@@ -1,4 +1,5 @@
-"""Messages between processes: a 4-byte length, then msgpack of one tagged struct. Arrays travel as dtype, shape and raw bytes."""
+"""Messages between processes: a 4-byte length, then msgpack of one tagged struct. Arrays travel as dtype, shape and
+raw bytes."""
 
 from __future__ import annotations
 
