@@ -203,7 +203,7 @@ def test_bad_settings_and_models(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(CapacityError, match="raise kv_memory"):
         LLM(tiny, kv_memory=1000)
     with pytest.raises(CapacityError, match="raise kv_memory"):
-        LLM(tiny, kv_memory=10**6, max_context=512)
+        LLM(tiny, kv_memory=10**5, max_context=512)
     with pytest.raises(ModelNotFoundError):
         LLM(str(tmp_path / "nothing.gguf"))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 16)
