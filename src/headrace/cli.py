@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -292,9 +293,14 @@ def _answer(output: Any) -> dict[str, Any]:
     }
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    typer.echo(f"headrace: warning: {_one_line(message)}", err=True)
 
 
 def main() -> None:
+    warnings.showwarning = _warn
     app()

@@ -22,7 +22,7 @@ from ..llm import LLM
 from ..model.spec import ModelSpec
 from ..results import machine_facts, summarize_tests, write_results
 from ..types import SamplingParams
-from .ceilings import matmul_rate, read_bandwidth
+from .ceilings import Ceilings, sample_ceilings
 from .info import step_bytes
 
 BATCH_PROMPT = BATCH_NEW = 64
@@ -67,8 +67,7 @@ class Run:
     test: Test
     seconds: float
     cost: Cost
-    read_ceiling: float  # GB/s, on a working set of the weights' size
-    matmul_ceiling: float  # GFLOP/s, float32
+    ceilings: Ceilings  # reading a working set of the weights' size
 
     @property
     def rate(self) -> float:
@@ -91,9 +90,10 @@ class Run:
             "latency_s": self.seconds,
             "tokens_per_second": self.rate,
             "read_gb_per_s": self.read_rate,
-            "read_ceiling_gb_per_s": self.read_ceiling,
+            "read_ceiling_gb_per_s": self.ceilings.read,
             "compute_gop_per_s": self.compute_rate,
-            "matmul_ceiling_gflop_per_s": self.matmul_ceiling,
+            "compute_ceiling_gop_per_s": self.ceilings.compute,
+            "compute_ceiling_of": self.ceilings.arithmetic,
         }
 
 
@@ -164,8 +164,8 @@ def measure(
             for rep in range(-1, reps):
                 seconds = _time(llm, test, rng)
                 if rep >= 0:
-                    ceiling = read_bandwidth(weights, llm.config.threads)
-                    runs.append(Run(test, seconds, cost, ceiling, matmul_rate()))
+                    ceilings = sample_ceilings(llm.config.kernels, weights, llm.config.threads)
+                    runs.append(Run(test, seconds, cost, ceilings))
                 advance(index * (reps + 1) + rep + 2, len(tests) * (reps + 1))
         config = machine_facts() | msgspec.to_builtins(llm.config)
     measured = {"load_s": load_s, "resident_bytes": resident, "peak_resident_bytes": _peak_resident_bytes()}
@@ -231,9 +231,10 @@ def print_report(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    arithmetic = report.runs[0].ceilings.arithmetic
     table = Table()
     table.add_column("test")
-    for name in ("tok/s", "min", "max", "GB/s", "read ceiling", "of it", "GOP/s", "f32 matmul"):
+    for name in ("tok/s", "min", "max", "GB/s", "read ceiling", "of it", "GOP/s", f"{arithmetic} ceiling", "of it"):
         table.add_column(name, justify="right")
     for name in dict.fromkeys(run.test.name for run in report.runs):
         own = [run for run in report.runs if run.test.name == name]
@@ -242,10 +243,11 @@ def print_report(report: Report) -> None:
             name,
             *(f"{value:,.1f}" for value in (median(rates), min(rates), max(rates))),
             f"{median(run.read_rate for run in own):,.1f}",
-            f"{median(run.read_ceiling for run in own):,.1f}",
-            f"{median(run.read_rate / run.read_ceiling for run in own):.0%}",
+            f"{median(run.ceilings.read for run in own):,.1f}",
+            f"{median(run.read_rate / run.ceilings.read for run in own):.0%}",
             f"{median(run.compute_rate for run in own):,.0f}",
-            f"{median(run.matmul_ceiling for run in own):,.0f}",
+            f"{median(run.ceilings.compute for run in own):,.0f}",
+            f"{median(run.compute_rate / run.ceilings.compute for run in own):.0%}",
         )
     console = Console(highlight=False)
     config = report.config

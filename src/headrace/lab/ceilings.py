@@ -4,26 +4,54 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import ConfigError
+from ..kernels import native
 
 PASS_BYTES = 512 << 20  # read by all threads in one timing, so that starting a thread is not what is measured
 REPEATS = 5
 MAX_BUFFER = 1 << 30  # beyond this the working set is memory anyway
 
 
-def read_bandwidth(working_set: int, threads: int) -> float:
-    """GB/s that `threads` threads read together from a buffer of `working_set` bytes (at most 1 GiB), the best of five.
+@dataclass(frozen=True)
+class Ceilings:
+    """`read` in GB/s; `compute` in GOP/s (a multiply-add is two) of `arithmetic`: "int8" or "float32" products."""
 
-    A set that fits in a cache is read from there, so give the bytes that the measured loop reads each time.
+    read: float
+    compute: float
+    arithmetic: str
+
+
+def sample_ceilings(kernels: str, working_set: int, threads: int) -> Ceilings:
+    """The ceilings of an op set, by its name: of the arithmetic that it computes in, on its threads."""
+    read = read_bandwidth(working_set, threads)
+    if kernels == "reference":
+        return Ceilings(read, matmul_rate(), "float32")
+    from ..kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+
+    return Ceilings(read, _native.int8_peak(threads), "int8")
+
+
+def read_bandwidth(working_set: int, threads: int) -> float:
+    """GB/s that `threads` threads read together from a buffer of `working_set` bytes (at most 1 GiB), the best of a few.
+
+    A set that fits in a cache is read from there, so give the bytes that the measured loop reads each time. Compiled
+    where there are compiled kernels.
     """
     if working_set < 1 or threads < 1:
-        raise ConfigError(
-            f"bandwidth needs at least 1 byte and 1 thread, got {working_set} bytes and {threads} threads"
-        )
+        raise ConfigError(f"bandwidth needs at least 1 byte, 1 thread; got {working_set} bytes and {threads} threads")
     size = min(max(working_set, 4096 * threads), MAX_BUFFER)
+    if native.missing() is not None:
+        return _numpy_bandwidth(size, threads)
+    from ..kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+
+    return _native.read_bandwidth(size, threads)
+
+
+def _numpy_bandwidth(size: int, threads: int) -> float:
     # The maximum of int32 is the one reduction of numpy's that reads memory as fast as hand-written loads do.
     parts = np.array_split(np.ones(size // 4, np.int32), threads)
     passes = max(1, PASS_BYTES // size)

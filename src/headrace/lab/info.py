@@ -8,7 +8,7 @@ import msgspec
 
 from ..assemble import Model, available_memory, open_model, resolve_settings
 from ..config import Settings
-from ..kernels import choose_ops
+from ..kernels import choose_ops, native
 from ..results import machine_facts
 
 EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
@@ -65,7 +65,7 @@ def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dic
 def _why(kernels: str, name: str) -> str:
     if kernels != "auto":
         return "asked for"
-    return "compiled kernels are installed" if name != "reference" else "no compiled kernels are installed"
+    return "the fastest here" if name != "reference" else f"no compiled kernels: {native.missing()}"
 
 
 def print_facts(facts: dict[str, Any]) -> None:
