@@ -228,13 +228,14 @@ def print_report(report: Report) -> None:
     """Median rate of each test, with the rates of reading and computing beside their ceilings (medians too)."""
     from statistics import median
 
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     arithmetic = report.runs[0].ceilings.arithmetic
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("test")
-    for name in ("tok/s", "min", "max", "GB/s", "read ceiling", "of it", "GOP/s", f"{arithmetic} ceiling", "of it"):
+    for name in ("tok/s", "min", "max", "GB/s", "read\nceiling", "of it", "GOP/s", f"{arithmetic}\nceiling", "of it"):
         table.add_column(name, justify="right")
     for name in dict.fromkeys(run.test.name for run in report.runs):
         own = [run for run in report.runs if run.test.name == name]

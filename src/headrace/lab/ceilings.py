@@ -36,7 +36,7 @@ def sample_ceilings(kernels: str, working_set: int, threads: int) -> Ceilings:
 
 
 def read_bandwidth(working_set: int, threads: int) -> float:
-    """GB/s that `threads` threads read together from a buffer of `working_set` bytes (at most 1 GiB), the best of a few.
+    """GB/s that `threads` threads read together from a buffer of `working_set` bytes (1 GiB at most), best of a few.
 
     A set that fits in a cache is read from there, so give the bytes that the measured loop reads each time. Compiled
     where there are compiled kernels.
