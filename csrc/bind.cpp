@@ -243,7 +243,7 @@ class PyProgram {
     }
 
     PyTicket submit(Vector<int32_t> tokens, Vector<int32_t> positions, Vector<int32_t> chunk_rows, Vector<int32_t> logit_rows,
-                    const std::vector<std::pair<Vector<int64_t>, Table<int32_t>>>& groups, Vector<uint8_t> samples, std::optional<Table<float>> hidden) {
+                    const std::vector<std::pair<Vector<int64_t>, Table<int32_t>>>& groups, Vector<uint8_t> samples, std::optional<Table<float>> hidden, bool timed) {
         auto step = std::make_shared<Step>();
         step->tokens = copy(tokens), step->positions = copy(positions), step->chunk_rows = copy(chunk_rows), step->logit_rows = copy(logit_rows);
         if (step->chunk_rows.empty()) throw std::invalid_argument("chunk_rows is empty; it holds at least 0 and the number of rows");
@@ -253,6 +253,7 @@ class PyProgram {
         step->samples.resize(size_t(step->logits()));
         std::memcpy(step->samples.data(), samples.data(), samples.size());
         if (hidden) step->hidden.assign(hidden->data(), hidden->data() + hidden->size());
+        if (timed) step->seconds.resize(program_->instructions());
         make_room(*step);
         nb::gil_scoped_release release;
         Program::submit(program_, step);
@@ -382,6 +383,7 @@ NB_MODULE(_native, m) {
         .def("wait", [](const PyTicket& t) { t.pool->wait(t.step->ticket); }, nb::call_guard<nb::gil_scoped_release>())
         .def("chosen", &chosen)
         .def("output", &output)
+        .def_prop_ro("seconds", [](const PyTicket& t) { return t.step->seconds; })
         .def_prop_ro("started", [](const PyTicket& t) { return t.step->started; })
         .def_prop_ro("ended", [](const PyTicket& t) { return t.step->ended; });
     nb::class_<PyProgram>(m, "Program")
@@ -400,7 +402,7 @@ NB_MODULE(_native, m) {
         .def("add", &PyProgram::add)
         .def("take_rows", &PyProgram::take_rows)
         .def("finish", &PyProgram::finish)
-        .def("submit", &PyProgram::submit, nb::keep_alive<0, 1>(), "tokens"_a, "positions"_a, "chunk_rows"_a, "logit_rows"_a, "groups"_a, "samples"_a, "hidden"_a.none());
+        .def("submit", &PyProgram::submit, nb::keep_alive<0, 1>(), "tokens"_a, "positions"_a, "chunk_rows"_a, "logit_rows"_a, "groups"_a, "samples"_a, "hidden"_a.none(), "timed"_a);
 #if __has_include("bind_matrix.cpp")
     bind_matrix(m);
 #endif

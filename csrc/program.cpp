@@ -199,10 +199,18 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
     begin(step, worker);
+    const bool timed = worker.index == 0 && !step.seconds.empty();
+    double last = step.started;
     for (size_t i = 0; i < instructions_.size(); ++i) {
         if (i > 0 || !instructions_[i]->starts_alone()) worker.barrier();
+        if (timed && i > 0) {
+            const double time = now();
+            step.seconds[i - 1] = time - last;
+            last = time;
+        }
         instructions_[i]->run(*this, step, worker);
     }
+    if (timed) step.seconds.back() = now() - last;
     end(step, worker);
     if (worker.index == 0) step.ended = now();
 }

@@ -69,6 +69,7 @@ struct Step {
     std::vector<float> output;        // logits of the rows that ask for them, or all of the output of a program without a head
     std::vector<int32_t> output_row;  // [logits]: which row of `output` is a row's, or -1
     std::vector<int32_t> chosen;      // [logits]
+    std::vector<double> seconds;      // of each instruction, its barrier included; empty: not measured
     double started = 0, ended = 0;    // seconds, steady clock
     uint32_t ticket = 0;
 
@@ -157,6 +158,7 @@ class Program {
     void use_kv(int group, const KvPool& pool);
     void need_tile(size_t floats) { tile_floats_ = std::max(tile_floats_, floats); }
     void finish(SlotId hidden, SlotId output);  // -1: none
+    size_t instructions() const { return instructions_.size(); }
 
     // ---- running
     // Checks and queues a step; throws std::invalid_argument.

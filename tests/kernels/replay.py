@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ def no_samples(n: int) -> np.ndarray:
     return samples
 
 
-def run(program: NativeProgram, batch: dict[str, Any], hidden: np.ndarray, groups: list[KVGroupBatch] = []) -> np.ndarray:  # noqa: B006
+def run(
+    program: NativeProgram, batch: dict[str, Any], hidden: np.ndarray, groups: Sequence[KVGroupBatch] = ()
+) -> np.ndarray:
     """The output's rows for a step of a program that starts with `hidden` and does not end in logits."""
     ticket = program.submit(**batch, groups=groups, samples=no_samples(len(batch["logit_rows"])), hidden=hidden)
     return ticket.result()[1].copy()

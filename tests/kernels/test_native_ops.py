@@ -47,7 +47,9 @@ def test_rms_norm_of_each_head(ops: NativeOps) -> None:
     assert_close(ours, TWIN.rms_norm(x.reshape(5, 4, 24), weight, 1e-6).reshape(5, -1), 1e-6)
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "rotated"), [(9, 64, 64), (3, 8, 8), (2, 80, 32), (1, 128, 128), (4, 6, 4)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "rotated"), [(9, 64, 64), (3, 8, 8), (2, 80, 32), (1, 128, 128), (4, 6, 4)]
+)
 def test_rope(ops: NativeOps, heads: int, head_dim: int, rotated: int) -> None:
     table = RopeTable((1e4 ** (-np.arange(0, rotated, 2) / rotated)).astype(np.float32), 1.25)
     x, start = normal(40, heads * head_dim), 100_000
@@ -68,7 +70,7 @@ def test_silu_mul_and_add(ops: NativeOps, width: int) -> None:
             columns(ops, batch.hidden, width, 2 * width, 2 * width),
         )
 
-    # Rotating nothing keeps the two products apart from what reads them, so that the plain op runs and not the fused one.
+    # Rotating nothing keeps the two products apart from what reads them, so that the plain op runs, not the fused one.
     still = RopeTable(np.zeros(1, np.float32))
 
     def plain(batch: Batch, op: str):
@@ -153,9 +155,7 @@ def attend(ops, cache, batch: Batch, s: Sequences, window: int | None, softcap: 
     group = batch.groups[0]
     ops.kv_write(cache, ops.rope(k, batch.positions, ROPE, s.kv_heads), v, group)
     q = ops.rope(q, batch.positions, ROPE, s.heads)
-    return ops.attention(
-        q, cache, batch, group, heads=s.heads, scale=s.head_dim**-0.5, window=window, softcap=softcap
-    )
+    return ops.attention(q, cache, batch, group, heads=s.heads, scale=s.head_dim**-0.5, window=window, softcap=softcap)
 
 
 def native_program(ops: NativeOps, s: Sequences, dtype: str, window: int | None, softcap: float | None):
@@ -164,7 +164,15 @@ def native_program(ops: NativeOps, s: Sequences, dtype: str, window: int | None,
     return ops.capture(lambda batch: attend(ops, cache, batch, s, window, softcap), limits, hidden=s.width)
 
 
-def results(ops: NativeOps, s: Sequences, steps: list[dict[int, range]], dtype="bfloat16", window=None, softcap=None, poison=False):
+def results(
+    ops: NativeOps,
+    s: Sequences,
+    steps: list[dict[int, range]],
+    dtype="bfloat16",
+    window=None,
+    softcap=None,
+    poison=False,
+):
     """Attention's rows of each sequence, all its positions, computed in the given steps."""
     program = native_program(ops, s, dtype, window, softcap)
     if poison:  # leave NaNs in every page
@@ -223,7 +231,12 @@ def test_attention_does_not_depend_on_the_batch(ops: NativeOps, dtype: str, wind
     s = Sequences(lengths, 6, 2, 32, 16, seed=5)
     whole = results(ops, s, [{i: range(n)} for i, n in enumerate(lengths)], dtype, window)
     rng = np.random.default_rng(1)
-    for page_size, other, most in ((16, ops, 1), (64, ops, 90), (32, NativeOps(3, ops.isa), 200), (48, NativeOps(1, ops.isa), 7)):
+    for page_size, other, most in (
+        (16, ops, 1),
+        (64, ops, 90),
+        (32, NativeOps(3, ops.isa), 200),
+        (48, NativeOps(1, ops.isa), 7),
+    ):
         moved = Sequences(lengths, 6, 2, 32, page_size, seed=5)
         moved.rows = s.rows
         done, steps = [0, 0, 0], []

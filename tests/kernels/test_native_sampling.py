@@ -16,7 +16,9 @@ ISAS = native._native.supported_isas
 
 
 def random_case(rng: np.random.Generator) -> tuple[np.ndarray, SamplingParams, int, int, int]:
-    vocab = int(rng.choice([1, 2, 17, 255, 256, 257, 1000, 4099, 49152], p=[0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.25, 0.05]))
+    vocab = int(
+        rng.choice([1, 2, 17, 255, 256, 257, 1000, 4099, 49152], p=[0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.2, 0.25, 0.05])
+    )
     logits = rng.standard_normal(vocab, dtype=np.float32) * np.float32(rng.choice([0, 1, 4, 30]))
     if rng.random() < 0.4:  # many ties
         logits = np.round(logits * 2) / 2
@@ -34,7 +36,14 @@ def random_case(rng: np.random.Generator) -> tuple[np.ndarray, SamplingParams, i
 def twin(logits: np.ndarray, params: SamplingParams, seed: int, index: int, position: int) -> int:
     nothing = np.empty(0, np.int64)
     return sample(
-        logits, params, seed=seed, sample_index=index, position=position, prompt_ids=nothing, output_ids=nothing, stop_ids=()
+        logits,
+        params,
+        seed=seed,
+        sample_index=index,
+        position=position,
+        prompt_ids=nothing,
+        output_ids=nothing,
+        stop_ids=(),
     )
 
 

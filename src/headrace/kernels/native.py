@@ -1,4 +1,4 @@
-"""The native op set: C++ kernels (csrc/), one persistent pool of threads, a model recorded once and replayed a step at a time.
+"""The native op set: C++ kernels (csrc/), one pool of threads, a model recorded once and replayed a step at a time.
 
     ops = NativeOps(threads=2)                                  # one pool, shared by every model that uses this op set
     weights = load_weights(source, spec, ops, layers)           # pack, vector: pack() returns at once, the pool packs
@@ -7,16 +7,16 @@
     ticket = program.submit(tokens, positions, chunk_rows, logit_rows, groups, samples)
     tokens, logits = ticket.result()
 
-`pack`, `vector`, `kv_cache` and `copy_page` run when called. The ops on activations only record, and only while `capture` runs: it
-calls the model once with symbolic operands, fuses what it recorded, and builds the native program.
+`pack`, `vector`, `kv_cache` and `copy_page` run when called. The ops on activations only record, and only while
+`capture` runs: it calls the model once with symbolic operands, fuses what it recorded, and builds the native program.
 
-`submit` copies the step's arrays and returns at once; steps of all programs of the pool, packs and page copies run one after the
-other, in the order they were queued. So a step may be queued before the previous one has answered: a token -1 - s means "what
-slot s sampled last" (`Residents` gives each sequence its slot), and `samples["slot"]` says which slot takes a row's token.
+`submit` copies the step's arrays and returns at once; steps of all programs of the pool, packs and page copies run one
+after the other, in the order they were queued. So a step may be queued before the previous one has answered: a token
+-1 - s means "what slot s sampled last", and `samples["slot"]` says which slot takes a row's token.
 
-`samples` is an array of SAMPLE, one per row of `logit_rows`; `sample_spec` makes an entry from SamplingParams, or says that the row's
-logits must come back and be sampled in Python. A token of the answer is -1 where none was to be chosen and BROKEN_LOGITS where a logit was
-NaN or infinite.
+`samples` is an array of SAMPLE, one per row of `logit_rows`; `sample_spec` makes an entry from SamplingParams, or says
+that the row's logits must come back (`logits_spec`) and be sampled in Python. A token of the answer is -1 where none
+was to be chosen, and BROKEN_LOGITS where a logit was NaN or infinite.
 """
 
 from __future__ import annotations
@@ -122,8 +122,11 @@ class Ticket:
         return self._ticket.done()
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait, without holding the interpreter. Gives the chosen tokens, int32 [logit rows], and an array float32 [n, width]:
-        the logits of the rows that asked for them, in order; or the output's rows, for a program that does not end in logits."""
+        """Wait, without holding the interpreter. Gives the chosen tokens, int32 [logit rows], and float32 [n, width].
+
+        The latter is the logits of the rows that asked for them, in order; or the output, where a program does not end
+        in logits.
+        """
         self._ticket.wait()
         return self._ticket.chosen(), self._ticket.output().reshape(-1, self._width)
 
@@ -131,6 +134,11 @@ class Ticket:
     def times(self) -> tuple[float, float]:
         """When the step started and ended, in seconds of time.monotonic. To be read after `result`."""
         return self._ticket.started, self._ticket.ended
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds of each of the program's `instructions`, for a `timed` step. To be read after `result`."""
+        return self._ticket.seconds
 
 
 class NativeProgram:
@@ -148,20 +156,25 @@ class NativeProgram:
         groups: Sequence[KVGroupBatch],
         samples: np.ndarray,
         hidden: np.ndarray | None = None,
+        timed: bool = False,
     ) -> Ticket:
         """Queue a step: arrays as in `Batch`, `samples` of SAMPLE [logit rows]. All are copied.
 
-        A range that starts with `hidden` takes no tokens. Raises ValueError where an array breaks a limit or contradicts another.
+        A range that starts with `hidden` takes no tokens. `timed` measures each instruction. Raises ValueError where an
+        array breaks a limit or contradicts another.
         """
         places = [(group.slots, group.page_table) for group in groups]
         ticket = self._program.submit(
-            tokens, positions, chunk_rows, logit_rows, places, samples.view(np.uint8), hidden
+            tokens, positions, chunk_rows, logit_rows, places, samples.view(np.uint8), hidden, timed
         )
         return Ticket(ticket, self._width)
 
 
 class NativeOps:
-    """The native op set on one pool of threads. `per_row` chooses the faster, coarser activation recipe for quantised weights."""
+    """The native op set on one pool of threads.
+
+    `per_row` chooses the faster, coarser recipe for products of quantised weights: one scale for a row of activations.
+    """
 
     default_kv_dtype = "bfloat16"
 
@@ -212,12 +225,10 @@ class NativeOps:
 
     # Recording
 
-    def capture(
-        self, model: Callable[[Batch], Array], limits: Limits, hidden: int | None = None
-    ) -> NativeProgram:
-        """Record `model` and build its program. `hidden` is the width of `batch.hidden`, for a range that does not start at layer 0.
+    def capture(self, model: Callable[[Batch], Array], limits: Limits, hidden: int | None = None) -> NativeProgram:
+        """Record `model` and build its program.
 
-        A model that ends in a product of `logit_rows` rows gets sampling; any other gives back its output.
+        `hidden` is the width of `batch.hidden`, for a range that does not start at layer 0. A model that ends in a product of `logit_rows` rows gets sampling; any other gives back its output.
         """
         self.finish_packing()
         batch = Batch(
@@ -334,7 +345,8 @@ def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
         product -> output                               "head", where its rows are logit_rows
         rope?, rope? -> kv_write? -> attention          "attention"
 
-    A record that another one absorbs is left out where it stood. Values never change, so an item may read one later than its record did.
+    A record that another one absorbs is left out where it stood. Values never change, so an item may read one later
+    than its record did.
     """
     graph, items, done = _Graph(records, output), [], set()
     for record in records:

@@ -1,0 +1,259 @@
+"""Recording, fusion and replay: a small random model against the numpy set, queued steps, late tokens, sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from headrace.errors import ConfigError
+from headrace.kernels import native
+from headrace.kernels.native import BROKEN_LOGITS, Limits, NativeOps, logits_spec, sample_spec
+from headrace.kernels.ops import Batch, KVGroupBatch, RopeTable
+from headrace.kernels.reference import ReferenceOps
+from headrace.sampling import sample
+from headrace.types import SamplingParams
+
+from .replay import no_samples, tensor
+
+if native.missing() is not None:
+    pytest.skip(f"the native kernels are not built: {native.missing()}", allow_module_level=True)
+
+ISAS = native._native.supported_isas
+VOCAB, DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, PAGE = 97, 24, 3, 1, 8, 40, 2, 16
+ROPE = RopeTable((1e3 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.float32))
+LIMITS = Limits(rows=128, logits=128, chunks=8, sequences=8, pages=(6,))
+
+
+def weights(ops) -> dict:
+    rng = np.random.default_rng(11)
+
+    def matrix(rows: int, cols: int):
+        return ops.pack(tensor(rng.standard_normal((rows, cols), dtype=np.float32) / np.sqrt(cols)))
+
+    def layer() -> dict:
+        shapes = {
+            "q": (HEADS * HEAD_DIM, DIM),
+            "k": (KV_HEADS * HEAD_DIM, DIM),
+            "v": (KV_HEADS * HEAD_DIM, DIM),
+            "o": (DIM, HEADS * HEAD_DIM),
+            "gate": (FFN, DIM),
+            "up": (FFN, DIM),
+            "down": (DIM, FFN),
+        }
+        norms = {name: 1 + rng.standard_normal(DIM, dtype=np.float32) / 8 for name in ("norm", "mlp_norm")}
+        return {name: matrix(*shape) for name, shape in shapes.items()} | norms
+
+    table = matrix(VOCAB, DIM)
+    return {"table": table, "norm": np.ones(DIM, np.float32), "layers": [layer() for _ in range(LAYERS)]}
+
+
+def forward(ops, w: dict, batch: Batch, caches: list):
+    x = ops.embed(w["table"], batch.tokens)
+    for layer, cache in zip(w["layers"], caches):
+        normed = ops.rms_norm(x, layer["norm"], 1e-5)
+        q = ops.rope(ops.linear(normed, layer["q"]), batch.positions, ROPE, HEADS)
+        k = ops.rope(ops.linear(normed, layer["k"]), batch.positions, ROPE, KV_HEADS)
+        ops.kv_write(cache, k, ops.linear(normed, layer["v"]), batch.groups[0])
+        options = {"heads": HEADS, "scale": 0.3, "window": None, "softcap": None}
+        mixed = ops.attention(q, cache, batch, batch.groups[0], **options)
+        x = ops.add(x, ops.linear(mixed, layer["o"]))
+        normed = ops.rms_norm(x, layer["mlp_norm"], 1e-5)
+        hidden = ops.silu_mul(ops.linear(normed, layer["gate"]), ops.linear(normed, layer["up"]))
+        x = ops.add(x, ops.linear(hidden, layer["down"]))
+    x = ops.rms_norm(ops.take_rows(x, batch.logit_rows), w["norm"], 1e-5)
+    return ops.linear(x, w["table"])
+
+
+@dataclass
+class Model:
+    ops: NativeOps
+    program: native.NativeProgram
+
+    def step(self, chunks: list[tuple[int, int, list[int]]], samples: list | None = None):
+        """Queue chunks (sequence, start, tokens). Sequence s has pages 1 + 6 s and on; without samples, all logits come back."""
+        tokens = np.array([t for _, _, own in chunks for t in own], np.int32)
+        counts = [len(own) for _, _, own in chunks]
+        ends = np.cumsum(counts)
+        positions = np.concatenate([np.arange(start, start + n) for (_, start, _), n in zip(chunks, counts)]).astype(
+            np.int32
+        )
+        table = np.array([1 + 6 * s + np.arange(6) for s, _, _ in chunks], np.int32)
+        of_row = np.repeat(np.arange(len(chunks)), counts)
+        slots = table[of_row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+        rows = np.arange(len(tokens), dtype=np.int32) if samples is None else (ends - 1).astype(np.int32)
+        specs = np.array([logits_spec()] * len(rows) if samples is None else samples, native.SAMPLE)
+        chunk_rows = np.array([0, *ends], np.int32)
+        return self.program.submit(tokens, positions, chunk_rows, rows, [KVGroupBatch(slots, table)], specs)
+
+    def logits(self, chunks: list[tuple[int, int, list[int]]]) -> np.ndarray:
+        return self.step(chunks).result()[1].copy()
+
+
+def build(isa: str, threads: int = 2, dtype: str = "float32") -> Model:
+    ops = NativeOps(threads, isa)
+    w = weights(ops)
+    caches = ops.kv_cache(LAYERS, 49, PAGE, KV_HEADS, HEAD_DIM, dtype)
+    return Model(ops, ops.capture(lambda batch: forward(ops, w, batch, caches), LIMITS))
+
+
+@pytest.fixture(params=ISAS)
+def model(request: pytest.FixtureRequest) -> Model:
+    return build(request.param)
+
+
+def twin_logits(tokens: list[int]) -> np.ndarray:
+    ops = ReferenceOps()
+    caches = ops.kv_cache(LAYERS, 7, PAGE, KV_HEADS, HEAD_DIM, "float32")
+    positions = np.arange(len(tokens), dtype=np.int32)
+    table = np.arange(1, 7, dtype=np.int32)[None]
+    slots = table[0, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+    batch = Batch(np.array(tokens), positions, np.array([0, len(tokens)]), positions, (KVGroupBatch(slots, table),))
+    return forward(ops, weights(ops), batch, caches)
+
+
+TOKENS = np.random.default_rng(5).integers(0, VOCAB, 60).tolist()
+
+
+def test_model_against_the_numpy_set(model: Model) -> None:
+    ours, twin = model.logits([(0, 0, TOKENS)]), twin_logits(TOKENS)
+    assert np.abs(ours - twin).max() < 2e-5 * np.abs(twin).max()
+
+
+def test_fusion_joins_what_it_should() -> None:
+    layer = ("product", "attention", "product", "gated", "product")
+    assert build(ISAS[0]).program.instructions == ("embed", *layer * LAYERS, "head")
+
+
+def test_a_value_read_twice_is_kept(model: Model) -> None:
+    """Nothing is absorbed that something else reads, and no slot is used again too early."""
+    ops, rng = NativeOps(2, model.ops.isa), np.random.default_rng(1)
+    gain, a, b = rng.standard_normal((3, 16), dtype=np.float32)[0], *rng.standard_normal((2, 16, 16), dtype=np.float32)
+
+    def net(ops, x):
+        wa, wb = ops.pack(tensor(a)), ops.pack(tensor(b))
+        normed = ops.rms_norm(x, gain, 1e-5)
+        product = ops.linear(normed, wa)
+        gated = ops.silu_mul(product, ops.linear(normed, wb))
+        total = ops.add(ops.add(x, product), ops.linear(gated, wb))
+        return ops.add(ops.add(total, normed), ops.add(gated, x))
+
+    x = rng.standard_normal((20, 16), dtype=np.float32)
+    program = ops.capture(lambda batch: net(ops, batch.hidden), Limits(64, 1, 4, 1, ()), hidden=16)
+    empty = np.zeros(0, np.int32)
+    batch = (empty, np.arange(20, dtype=np.int32), np.array([0, 20], np.int32), empty)
+    ours = program.submit(*batch, [], no_samples(0), hidden=x).result()[1]
+    expected = net(ReferenceOps(), x)
+    assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_logits_do_not_depend_on_the_batch(model: Model, threads: int, dtype: str) -> None:
+    whole = build(model.ops.isa, 1, dtype).logits([(0, 0, TOKENS)])
+    other = build(model.ops.isa, threads, dtype)
+    other.logits([(3, 0, TOKENS[7:40])])
+    parts = [
+        other.logits([(1, 0, TOKENS[:33]), (2, 0, TOKENS[5:9])])[:33],
+        other.logits([(2, 4, [1]), (1, 33, TOKENS[33:34]), (3, 33, [2])])[1:2],
+        other.logits([(2, 5, [1, 2, 3]), (1, 34, TOKENS[34:])])[3:],
+    ]
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_queued_steps_with_late_tokens(model: Model) -> None:
+    """Greedy tokens of two sequences, every step queued before any has answered."""
+    greedy = [sample_spec(SamplingParams(temperature=0), 0, 0, slot) for slot in (4, 6)]
+    tickets = [model.step([(0, 0, TOKENS[:9]), (1, 0, TOKENS[9:12])], greedy)]
+    for i in range(20):
+        tickets.append(model.step([(1, 3 + i, [-1 - 6]), (0, 9 + i, [-1 - 4])], greedy[::-1]))
+    chosen = [ticket.result()[0] for ticket in tickets]
+    first = [int(chosen[0][0]), *(int(tokens[1]) for tokens in chosen[1:])]
+    again = build(model.ops.isa)
+    logits = again.logits([(0, 0, TOKENS[:9] + first[:-1])])
+    assert logits[8:].argmax(axis=1).tolist() == first
+
+
+def test_sampling_in_the_step(model: Model) -> None:
+    params = [SamplingParams(temperature=0.7, top_k=20), SamplingParams(top_p=0.8), SamplingParams(temperature=0)]
+    chunks = [(i, 0, TOKENS[i : i + 5 + i]) for i in range(3)]
+    specs = [sample_spec(p, 1234 + i, i, i) for i, p in enumerate(params)]
+    tokens, logits = model.step(chunks, specs).result()
+    assert len(logits) == 0
+    for i, (_, _, own) in enumerate(chunks):
+        row = model.logits([(i, 0, own)])[-1]
+        keys = {"seed": 1234 + i, "sample_index": i, "position": len(own)}
+        assert tokens[i] == sample(row, params[i], **keys, prompt_ids=own, output_ids=[], stop_ids=())
+
+
+def test_logits_of_some_rows(model: Model) -> None:
+    chunks = [(i, 0, TOKENS[i : i + 4]) for i in range(3)]
+    greedy = sample_spec(SamplingParams(temperature=0), 0, 0, -1)
+    tokens, logits = model.step(chunks, [logits_spec(), greedy, logits_spec()]).result()
+    assert tokens[0] == tokens[2] == -1 and tokens[1] >= 0 and len(logits) == 2
+    alone = [model.logits([chunk])[-1] for chunk in chunks]
+    assert logits[0].tobytes() == alone[0].tobytes() and logits[1].tobytes() == alone[2].tobytes()
+
+
+def test_broken_logits_are_reported() -> None:
+    ops = NativeOps(2)
+    table = np.ones((40, 16), np.float32)
+    table[17, 3] = np.inf
+    matrix = ops.pack(tensor(table))
+    program = ops.capture(
+        lambda b: ops.linear(ops.take_rows(b.hidden, b.logit_rows), matrix), Limits(8, 8, 8, 1, ()), 16
+    )
+    hidden = np.ones((2, 16), np.float32)
+    hidden[0, 3] = 0
+    greedy = np.array([sample_spec(SamplingParams(temperature=0), 0, 0, -1)] * 2, native.SAMPLE)
+    rows = np.arange(2, dtype=np.int32)
+    ticket = program.submit(np.zeros(0, np.int32), rows, np.array([0, 2], np.int32), rows, [], greedy, hidden)
+    assert ticket.result()[0].tolist() == [BROKEN_LOGITS, BROKEN_LOGITS]
+    table[17, 3] = 1
+    assert program.instructions == ("head",)
+
+
+def test_pages_are_copied_in_order(model: Model) -> None:
+    """A copy queued between two steps: sequence 2 goes on from sequence 0's first page."""
+    ops, program = model.ops, model
+    w = weights(ops)
+    caches = ops.kv_cache(LAYERS, 49, PAGE, KV_HEADS, HEAD_DIM, "bfloat16")
+    copy = Model(ops, ops.capture(lambda batch: forward(ops, w, batch, caches), LIMITS))
+    copy.step([(0, 0, TOKENS[:20])])
+    ops.copy_page(caches, 1, 1 + 6 * 2)
+    ours = copy.logits([(2, 16, TOKENS[16:20])])
+    expected = copy.logits([(0, 16, TOKENS[16:20])])
+    assert ours.tobytes() == expected.tobytes()
+    assert program.logits([(0, 16, TOKENS[16:20])]).tobytes() != expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(0, 0, [VOCAB])],
+        [(0, 0, [-1 - 8])],
+        [(0, 96, [1])],
+        [(0, 0, [1] * 129)],
+        [(i % 8, 0, [1]) for i in range(9)],
+    ],
+)
+def test_steps_out_of_bounds_are_refused(chunks: list) -> None:
+    model = build(ISAS[0])
+    with pytest.raises((ValueError, IndexError)):
+        model.step(chunks)
+    assert len(model.logits([(0, 0, [1])])) == 1
+
+
+def test_settings_out_of_bounds_are_refused() -> None:
+    with pytest.raises(ConfigError, match="does not run here"):
+        NativeOps(1, "sse9")
+    ops = NativeOps(1)
+    with pytest.raises(ConfigError, match="multiple of 16"):
+        ops.kv_cache(1, 4, 24, 1, 8, "float32")
+    with pytest.raises(ConfigError, match="kv_dtype"):
+        ops.kv_cache(1, 4, 16, 1, 8, "float8")
+    with pytest.raises(ValueError, match="bytes"):
+        native._native.pack(native._native.Pool(1), "Q8_0", 16, 64, np.zeros(7, np.uint8), None)
+    with pytest.raises(RuntimeError, match="capture"):
+        ops.embed(native._native.pack(native._native.Pool(1), "F32", 1, 1, np.zeros(4, np.uint8), None), None)
