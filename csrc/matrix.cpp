@@ -169,24 +169,18 @@ void block_values(const Layout& layout, const Block& block, int groups, float* o
 // ---- one output's part of a superblock, written and read
 
 void place_plane(uint8_t* plane, int bits, int shift, int n, const uint8_t* codes) {
+    if (bits == 0) return;
     for (int k = 0; k < 32; k++) {
-        const int quad = k / 4, lane = n * 4 + k % 4, part = codes[k] >> shift & ((1 << bits) - 1);
-        if (bits == 8) plane[quad * 64 + lane] = uint8_t(part);
-        if (bits == 4) plane[quad % 4 * 64 + lane] |= uint8_t(part << quad / 4 * 4);
-        if (bits == 2) plane[quad / 4 * 64 + lane] |= uint8_t(part << quad % 4 * 2);
-        if (bits == 1) plane[lane] |= uint8_t(part << quad);
+        const int quad = k / 4, lane = n * 4 + k % 4;
+        plane[quad % bits * 64 + lane] |= uint8_t((codes[k] >> shift & ((1 << bits) - 1)) << quad / bits * bits);
     }
 }
 
 void read_plane(const uint8_t* plane, int bits, int shift, int n, uint8_t* codes) {
+    if (bits == 0) return;
     for (int k = 0; k < 32; k++) {
         const int quad = k / 4, lane = n * 4 + k % 4;
-        int part = 0;
-        if (bits == 8) part = plane[quad * 64 + lane];
-        if (bits == 4) part = plane[quad % 4 * 64 + lane] >> quad / 4 * 4 & 15;
-        if (bits == 2) part = plane[quad / 4 * 64 + lane] >> quad % 4 * 2 & 3;
-        if (bits == 1) part = plane[lane] >> quad & 1;
-        codes[k] = uint8_t(codes[k] | part << shift);
+        codes[k] |= uint8_t((plane[quad % bits * 64 + lane] >> quad / bits * bits & ((1 << bits) - 1)) << shift);
     }
 }
 

@@ -6,7 +6,7 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
+#include <utility>
 
 #include "matrix.h"
 #include "matrix_layout.h"
@@ -78,47 +78,31 @@ struct Output {
 
 // ---- reading a packed group
 
+template <int n>
+inline Codes shifted(Codes a) {
+    if constexpr (n > 0) return left<n>(a);
+    else if constexpr (n < 0) return right<-n>(a);
+    else return a;
+}
+
+// Quad i of a group: for each of 16 outputs the codes of inputs 4i to 4i + 3.
+template <Format format, int i>
+inline Codes quad(const uint8_t* planes) {
+    constexpr Layout layout = layout_of(format);
+    constexpr int bits = layout.low_bits;
+    Codes w;
+    if constexpr (bits == 8) w = load_codes(planes + 64 * i);
+    else w = shifted<-(i / bits * bits)>(load_codes(planes + i % bits * 64)) & all_codes((1 << bits) - 1);
+    const uint8_t* high = planes + 64 * bits;
+    if constexpr (layout.high_bits == 1) w = merge(w, shifted<bits - i>(load_codes(high)), all_codes(1 << bits));
+    if constexpr (layout.high_bits == 2) w = merge(w, shifted<bits - i / 2 * 2>(load_codes(high + i % 2 * 64)), all_codes(3 << bits));
+    if constexpr (layout.table) w = lookup(iq4_nl_codes, w);
+    return w;
+}
+
 template <Format format>
 inline void unpack_codes(const uint8_t* planes, Codes (&w)[8]) {
-    constexpr Layout layout = layout_of(format);
-    if constexpr (layout.low_bits == 8) {
-        for (int i = 0; i < 8; i++) w[i] = load_codes(planes + 64 * i);
-    } else if constexpr (layout.low_bits == 4) {
-        const Codes mask = all_codes(15);
-        for (int i = 0; i < 4; i++) {
-            const Codes both = load_codes(planes + 64 * i);
-            w[i] = both & mask, w[i + 4] = right<4>(both) & mask;
-        }
-    } else {
-        const Codes mask = all_codes(3);
-        for (int i = 0; i < 2; i++) {
-            const Codes four = load_codes(planes + 64 * i);
-            w[4 * i] = four & mask, w[4 * i + 1] = right<2>(four) & mask;
-            w[4 * i + 2] = right<4>(four) & mask, w[4 * i + 3] = right<6>(four) & mask;
-        }
-    }
-    const uint8_t* high = planes + 64 * layout.low_bits;
-    if constexpr (layout.high_bits == 1) {  // bit i of a byte becomes bit `low_bits` of quad i
-        const Codes bits = load_codes(high), mask = all_codes(1 << layout.low_bits);
-        constexpr int at = layout.low_bits;
-        w[0] = merge(w[0], left<at>(bits), mask), w[1] = merge(w[1], left<at - 1>(bits), mask);
-        if constexpr (at == 4) {
-            w[2] = merge(w[2], left<2>(bits), mask), w[3] = merge(w[3], left<1>(bits), mask), w[4] = merge(w[4], bits, mask);
-            w[5] = merge(w[5], right<1>(bits), mask), w[6] = merge(w[6], right<2>(bits), mask), w[7] = merge(w[7], right<3>(bits), mask);
-        } else {
-            w[2] = merge(w[2], bits, mask), w[3] = merge(w[3], right<1>(bits), mask), w[4] = merge(w[4], right<2>(bits), mask);
-            w[5] = merge(w[5], right<3>(bits), mask), w[6] = merge(w[6], right<4>(bits), mask), w[7] = merge(w[7], right<5>(bits), mask);
-        }
-    } else if constexpr (layout.high_bits == 2) {  // bits 2i, 2i + 1 become bits 4, 5
-        const Codes mask = all_codes(0x30);
-        for (int i = 0; i < 2; i++) {
-            const Codes bits = load_codes(high + 64 * i);
-            w[4 * i] = merge(w[4 * i], left<4>(bits), mask), w[4 * i + 1] = merge(w[4 * i + 1], left<2>(bits), mask);
-            w[4 * i + 2] = merge(w[4 * i + 2], bits, mask), w[4 * i + 3] = merge(w[4 * i + 3], right<2>(bits), mask);
-        }
-    }
-    if constexpr (layout.table)
-        for (int i = 0; i < 8; i++) w[i] = lookup(iq4_nl_codes, w[i]);
+    [&]<int... i>(std::integer_sequence<int, i...>) { ((w[i] = quad<format, i>(planes)), ...); }(std::make_integer_sequence<int, 8>());
 }
 
 // Scales d and minima m of a group, as floats: [0] for the first 16 inputs, [1] for the others where the format has halves.
@@ -236,19 +220,18 @@ void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0
 
 constexpr int scale_classes = 1 << (scale_bits - 1);  // significands of an activation's scale
 
-// A block of inputs of `tiles` tiles. Without halves, scale[c] holds d * s of each class of s, less the bits of s's significand, so that adding
-// the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication has none.
-template <Format format, int tiles>
-struct Unpacked {
+// The scales and minima of a block of inputs of two tiles. Without halves, scale[c] holds d * s of each class of s, less the bits of s's
+// significand, so that adding the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication
+// has none. An integer addition cannot keep zero: `nonzero` tells the outputs whose d is not.
+template <Format format>
+struct BlockScales {
     static constexpr Layout layout = layout_of(format);
-    static constexpr int scale_rows = layout.halves ? 2 : scale_classes;
-    struct Group {
-        uint8_t codes[8][tiles][64];
-        float scale[tiles][scale_rows][16];
-    };
-    struct Minima { float m[tiles][layout.halves ? 2 : 1][16]; };
+    static constexpr int rows = layout.halves ? 2 : scale_classes;
+    struct Group { float scale[2][rows][16]; };
+    struct Minima { float m[2][layout.halves ? 2 : 1][16]; };
     alignas(64) Group group[block_groups];
     alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
+    __mmask16 nonzero[block_groups][2];
 };
 
 // From memory: left to itself the compiler moves a word that is in a general register too, on a port that the dot products need.
@@ -260,33 +243,24 @@ inline __m512i broadcast(const float* p) {
 
 inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
 
-template <Format format, int tiles>
-void unpack_block(Unpacked<format, tiles>& to, int t, const uint8_t* tile, int64_t group0, int groups) {
+template <Format format>
+void read_scales(BlockScales<format>& to, int t, const uint8_t* tile, int64_t group0, int groups) {
     constexpr Layout layout = layout_of(format);
+    int in_super = int(group0 % layout.groups);
+    const uint8_t* super = super_at<format>(tile, group0);
     for (int g = 0; g < groups; g++) {
-        const uint8_t* super = super_at<format>(tile, group0 + g);
-        const int in_super = int((group0 + g) % layout.groups);
-        Codes w[8];
+        if (in_super == layout.groups) super += layout.super_bytes(), in_super = 0;
         Floats d[2], m[2];
-        unpack_codes<format>(super + in_super * layout.group_bytes(), w);
-        load_scales<format>(super, in_super, d, m);
-        auto& group = to.group[g];
+        load_scales<format>(super, in_super++, d, m);
         if constexpr (layout.halves) {
-            for (int h = 0; h < 2; h++) store(group.scale[t][h], d[h]);
+            for (int h = 0; h < 2; h++) store(to.group[g].scale[t][h], d[h]);
         } else {
-            // An integer addition cannot scale zero: where d is 0, the codes are made 0 and d 1.
-            const __mmask16 none = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_EQ_OQ);
-            if (none) {
-                for (Codes& quad : w) quad.v = _mm512_mask_mov_epi32(quad.v, none, _mm512_set1_epi8(char(layout.offset)));
-                d[0].v = _mm512_mask_mov_ps(d[0].v, none, _mm512_set1_ps(1));
-            }
+            to.nonzero[g][t] = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
             for (int c = 0; c < scale_classes; c++) {
                 const Floats significand = all(1 + float(c) / scale_classes);
-                const __m512i bits = _mm512_sub_epi32(as_bits(d[0] * significand), as_bits(significand));
-                _mm512_store_si512(group.scale[t][c], bits);
+                _mm512_store_si512(to.group[g].scale[t][c], _mm512_sub_epi32(as_bits(d[0] * significand), as_bits(significand)));
             }
         }
-        for (int i = 0; i < 8; i++) store_codes(group.codes[i][t], w[i]);
         if constexpr (layout.has_min())
             for (int h = 0; h <= layout.halves; h++) store(to.minima[g].m[t][h], m[h]);
     }
@@ -302,26 +276,28 @@ struct Ahead {
         const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
         return {at, int64_t(tile_bytes), lines * 64, (lines + steps - 1) / steps * 64};
     }
-    template <int tiles>
     void step() {
         if (left <= 0) return;
         for (int64_t i = 0; i < bytes; i += 64)
-            for (int t = 0; t < tiles; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T1);
+            for (int t = 0; t < 2; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T1);
         at += bytes, left -= bytes;
     }
 };
 
-template <Format format, int R, int tiles>
-__attribute__((noinline)) void run_rows(const Unpacked<format, tiles>& u, int groups, const uint8_t* x, int64_t stride, float* partial, bool first,
-                                        Ahead& ahead) {
+// Adds `groups` groups from group0 on of two tiles to the sums of R rows.
+template <Format format, int R>
+__attribute__((noinline)) void run_rows(const BlockScales<format>& scales, const uint8_t* tile, int64_t tile_bytes, int64_t group0, int groups,
+                                        const uint8_t* x, int64_t stride, float* partial, Ahead& ahead) {
     constexpr Layout layout = layout_of(format);
-    Floats acc[R][tiles];
+    Floats acc[R][2];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < tiles; t++) acc[r][t] = first ? zero() : load(partial + (r * tiles + t) * 16);
-    for (int g = 0; g < groups; g++, x += sizeof(GroupBlock)) {
-        ahead.step<tiles>();
-        const auto& group = u.group[g];
+        for (int t = 0; t < 2; t++) acc[r][t] = load(partial + (r * 2 + t) * 16);
+    int in_super = int(group0 % layout.groups);
+    const uint8_t* planes = super_at<format>(tile, group0) + in_super * layout.group_bytes();
+    for (int g = 0; g < groups; g++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
+        if (in_super++ == layout.groups) planes += layout.super_bytes() - layout.scales_at(), in_super = 1;
+        ahead.step();
         const uint8_t* upper = x + 3 * stride;  // so that few registers address all rows
         auto block = [&](int r) -> const GroupBlock& {
             return *reinterpret_cast<const GroupBlock*>(r < 3 ? x + r * stride : upper + (r - 3) * stride);
@@ -329,75 +305,82 @@ __attribute__((noinline)) void run_rows(const Unpacked<format, tiles>& u, int gr
         if constexpr (layout.has_min()) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
-                for (int t = 0; t < tiles; t++) {
-                    if constexpr (layout.halves) {
-                        acc[r][t] = fused(load(u.minima[g].m[t][0]), all(low_sum(block(r))), acc[r][t]);
-                        acc[r][t] = fused(load(u.minima[g].m[t][1]), all(high_sum(block(r))), acc[r][t]);
-                    } else {
-                        acc[r][t] = fused(load(u.minima[g].m[t][0]), all(block(r).sum), acc[r][t]);
-                    }
+                for (int t = 0; t < 2; t++) {
+                    const auto& m = scales.minima[g].m[t];
+                    if constexpr (layout.halves) acc[r][t] = fused(load(m[1]), all(high_sum(block(r))), fused(load(m[0]), all(low_sum(block(r))), acc[r][t]));
+                    else acc[r][t] = fused(load(m[0]), all(block(r).sum), acc[r][t]);
                 }
         }
-        Ints sum[R][tiles];
-#pragma GCC unroll 2
-        for (int half = 0; half <= layout.halves; half++) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const Ints from = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
-                for (int t = 0; t < tiles; t++) sum[r][t] = from;
-            }
-            constexpr int quads = layout.halves ? 4 : 8;
-#pragma GCC unroll 8
-            for (int i = half * quads; i < (half + 1) * quads; i++) {
-                Codes w[tiles];
-                for (int t = 0; t < tiles; t++) w[t] = load_codes(group.codes[i][t]);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    const __m512i all = _mm512_set1_epi32(load_word(block(r).codes + 4 * i));
-                    for (int t = 0; t < tiles; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, w[t].v, all);
-                }
-            }
+        Ints sum[R][2];
+        auto begin = [&](int half) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
-                for (int t = 0; t < tiles; t++) {
+                sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
+        };
+        auto add_quad = [&]<int i>() {
+            const Codes w0 = quad<format, i>(planes), w1 = quad<format, i>(planes + tile_bytes);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                const __m512i all = _mm512_set1_epi32(load_word(block(r).codes + 4 * i));
+                sum[r][0].v = _mm512_dpbusd_epi32(sum[r][0].v, w0.v, all);
+                sum[r][1].v = _mm512_dpbusd_epi32(sum[r][1].v, w1.v, all);
+            }
+        };
+        auto finish = [&](int half) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                for (int t = 0; t < 2; t++) {
                     Floats scale;
                     if constexpr (layout.halves) {
-                        scale = load(group.scale[t][half]) * all(block(r).scale);
+                        scale = load(scales.group[g].scale[t][half]) * all(block(r).scale);
                     } else {
                         const uint32_t which = uint32_t(load_word(&block(r).scale)) >> (23 - (scale_bits - 1)) & (scale_classes - 1);
-                        scale.v = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_load_si512(group.scale[t][which]), broadcast(&block(r).scale)));
+                        scale.v = _mm512_castsi512_ps(_mm512_maskz_add_epi32(scales.nonzero[g][t], broadcast(&block(r).scale),
+                                                                             _mm512_load_si512(scales.group[g].scale[t][which])));
                     }
                     acc[r][t] = fused(scale, to_floats(sum[r][t]), acc[r][t]);
                 }
+        };
+        begin(0);
+        if constexpr (layout.halves) {
+            add_quad.template operator()<0>(), add_quad.template operator()<1>(), add_quad.template operator()<2>(), add_quad.template operator()<3>();
+            finish(0), begin(1);
+            add_quad.template operator()<4>(), add_quad.template operator()<5>(), add_quad.template operator()<6>(), add_quad.template operator()<7>();
+        } else {  // quads i and i + 4 share their bytes in the nibble formats
+            add_quad.template operator()<0>(), add_quad.template operator()<4>(), add_quad.template operator()<1>(), add_quad.template operator()<5>();
+            add_quad.template operator()<2>(), add_quad.template operator()<6>(), add_quad.template operator()<3>(), add_quad.template operator()<7>();
         }
+        finish(layout.halves);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < tiles; t++) store(partial + (r * tiles + t) * 16, acc[r][t]);
+        for (int t = 0; t < 2; t++) store(partial + (r * 2 + t) * 16, acc[r][t]);
 }
 
-template <Format format, int tiles>
+// Two tiles; `next` is the packed bytes that will be wanted after them.
+template <Format format>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
-    Unpacked<format, tiles> u;
-    alignas(64) float partial[partial_rows * tiles * 16];
+    BlockScales<format> scales;
+    alignas(64) float partial[partial_rows * 2 * 16];
     const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
+    std::memset(partial, 0, size_t(rows) * 2 * 64);
     const int64_t blocks = (groups + block_groups - 1) / block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
-        for (int t = 0; t < tiles; t++) unpack_block<format, tiles>(u, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
+        for (int t = 0; t < 2; t++) read_scales<format>(scales, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
         Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
                                    (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
             with_rows<block_rows>(int(count), [&]<int R>() {
-                run_rows<format, R, tiles>(u, int(group1 - group0), p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes,
-                                           partial + first * tiles * 16, b == 0, ahead);
+                run_rows<format, R>(scales, packed, int64_t(w.tile_bytes), group0, int(group1 - group0),
+                                    p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes, partial + first * 2 * 16, ahead);
             });
             if (b + 1 == blocks)
-                for (int t = 0; t < tiles; t++) {
+                for (int t = 0; t < 2; t++) {
                     const Output out(p, row0 + first, tile + t);
-                    for (int64_t r = 0; r < count; r++) out.put(r, load(partial + ((first + r) * tiles + t) * 16));
+                    for (int64_t r = 0; r < count; r++) out.put(r, load(partial + ((first + r) * 2 + t) * 16));
                 }
         });
     }
@@ -472,50 +455,49 @@ void multiply_direct_by_row(const Product& p, int64_t row0, int64_t row1, int64_
 
 #if defined(__AVX512VNNI__)
 
-template <int tiles>
-struct RowCodes {
-    alignas(64) uint8_t group[row_block_groups][8][tiles][64];
+struct RowCodes {  // of a block of inputs of two tiles
+    alignas(64) uint8_t group[row_block_groups][8][2][64];
 };
 
-template <int R, int tiles>
-__attribute__((noinline)) void run_rows_by_row(const RowCodes<tiles>& u, int groups, const uint8_t* x, int64_t stride, int32_t* partial, Ahead& ahead) {
-    Ints sum[R][tiles];
+template <int R>
+__attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, const uint8_t* x, int64_t stride, int32_t* partial, Ahead& ahead) {
+    Ints sum[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < tiles; t++) sum[r][t] = load_ints(partial + (r * tiles + t) * 16);
+        for (int t = 0; t < 2; t++) sum[r][t] = load_ints(partial + (r * 2 + t) * 16);
     for (int g = 0; g < groups; g++, x += 32) {
-        ahead.step<tiles>();
+        ahead.step();
         const uint8_t* rows[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride};
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
-            Codes w[tiles];
-            for (int t = 0; t < tiles; t++) w[t] = load_codes(u.group[g][i][t]);
+            Codes w[2];
+            for (int t = 0; t < 2; t++) w[t] = load_codes(u.group[g][i][t]);
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
                 const __m512i all = _mm512_set1_epi32(load_word(rows[r / 3] + r % 3 * stride + 4 * i));
-                for (int t = 0; t < tiles; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, w[t].v, all);
+                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, w[t].v, all);
             }
         }
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < tiles; t++) store_ints(partial + (r * tiles + t) * 16, sum[r][t]);
+        for (int t = 0; t < 2; t++) store_ints(partial + (r * 2 + t) * 16, sum[r][t]);
 }
 
-template <Format format, int tiles>
+template <Format format>
 void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
     constexpr Layout layout = layout_of(format);
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
-    RowCodes<tiles> u;
-    alignas(64) int32_t partial[partial_rows * tiles * 16];
+    RowCodes u;
+    alignas(64) int32_t partial[partial_rows * 2 * 16];
     const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
     for (int64_t r = 0; r < rows; r++)
-        for (int t = 0; t < tiles; t++) store_ints(partial + (r * tiles + t) * 16, row_start(head_of(*p.x, row0 + r)));
+        for (int t = 0; t < 2; t++) store_ints(partial + (r * 2 + t) * 16, row_start(head_of(*p.x, row0 + r)));
     const int64_t blocks = (groups + row_block_groups - 1) / row_block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
-        for (int t = 0; t < tiles; t++) {
+        for (int t = 0; t < 2; t++) {
             const uint8_t* from = packed + t * w.tile_bytes;
             const Floats inverse = inverse_steps(from);
             for (int64_t g = group0; g < group1; g++) {
@@ -528,15 +510,15 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
                                    (rows + row_block_rows - 1) / row_block_rows * (group1 - group0));
         even_pieces(rows, row_block_rows, [&](int64_t first, int64_t count) {
             with_rows<row_block_rows>(int(count), [&]<int R>() {
-                run_rows_by_row<R, tiles>(u, int(group1 - group0), p.x->row(row0 + first) + sizeof(RowHead) + group0 * 32, p.x->row_bytes,
-                                          partial + first * tiles * 16, ahead);
+                run_rows_by_row<R>(u, int(group1 - group0), p.x->row(row0 + first) + sizeof(RowHead) + group0 * 32, p.x->row_bytes,
+                                          partial + first * 2 * 16, ahead);
             });
         });
     }
-    for (int t = 0; t < tiles; t++) {
+    for (int t = 0; t < 2; t++) {
         const Output out(p, row0, tile + t);
         for (int64_t r = 0; r < rows; r++)
-            out.put(r, row_value(load_ints(partial + (r * tiles + t) * 16), packed + t * w.tile_bytes, head_of(*p.x, row0 + r)));
+            out.put(r, row_value(load_ints(partial + (r * 2 + t) * 16), packed + t * w.tile_bytes, head_of(*p.x, row0 + r)));
     }
 }
 
@@ -547,21 +529,21 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
 template <Format format>
 void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
     const bool by_row = p.x->recipe == Recipe::row;
+    const auto direct = by_row ? multiply_direct_by_row<format> : multiply_direct<format>;
 #if defined(__AVX512VNNI__)
     if (row1 - row0 >= blocked_from) {
         const PackedMatrix& w = *p.weight;
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
-            auto two = by_row ? multiply_blocked_by_row<format, 2> : multiply_blocked<format, 2>;
-            auto one = by_row ? multiply_blocked_by_row<format, 1> : multiply_blocked<format, 1>;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2) two(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
-            if (tile < tile1) one(p, from, to, tile, w.data);
+            for (; tile + 2 <= tile1; tile += 2)
+                (by_row ? multiply_blocked_by_row<format> : multiply_blocked<format>)(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
+            direct(p, from, to, tile, tile1);
         });
         return;
     }
 #endif
-    (by_row ? multiply_direct_by_row<format> : multiply_direct<format>)(p, row0, row1, tile0, tile1);
+    direct(p, row0, row1, tile0, tile1);
 }
 
 // ---- float weights

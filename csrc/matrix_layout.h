@@ -2,11 +2,8 @@
 //
 // A tile (16 outputs): 16 floats D (quantised formats; see Recipe::row), then superblocks, inputs ascending.
 // A superblock: its groups' codes, then its groups' scales, padded to 64 bytes.
-// Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j:
-//   4-bit plane: 4 x 64 bytes, the low nibbles quads 0..3, the high ones quads 4..7
-//   2-bit plane: 2 x 64 bytes, bits 2i..2i+1 of byte lanes in the first 64 are quad i, in the second quad 4 + i
-//   1-bit plane: 64 bytes, bit i of a byte lane is quad i
-//   8 bits:      8 x 64 bytes, signed codes kept as code + 128
+// Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j. A plane of b bits is
+// b x 64 bytes; quad i is in the (i % b)th 64, at bit i / b * b of every byte. 8-bit codes are signed, kept as code + 128.
 // Scales are rows of 16, one for each output: fp16 d, or fp16 d and fp16 m, for every group; the K formats have fp16 d (and dmin) once
 // and a row of bytes (or two, with 16-wide groups; two more for their minima) for every group.
 // Float formats: F32 [input][16], F16 [input][16], BF16 [input pair][16][2], the last pair padded with 0.
