@@ -30,7 +30,7 @@ def sample_ceilings(kernels: str, working_set: int, threads: int) -> Ceilings:
     read = read_bandwidth(working_set, threads)
     if kernels == "reference":
         return Ceilings(read, matmul_rate(), "float32")
-    from ..kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+    from ..kernels import _native
 
     return Ceilings(read, _native.int8_peak(threads), "int8")
 
@@ -46,7 +46,7 @@ def read_bandwidth(working_set: int, threads: int) -> float:
     size = min(max(working_set, 4096 * threads), MAX_BUFFER)
     if native.missing() is not None:
         return _numpy_bandwidth(size, threads)
-    from ..kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+    from ..kernels import _native
 
     return _native.read_bandwidth(size, threads)
 
