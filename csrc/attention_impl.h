@@ -96,9 +96,12 @@ void store_token(const KvLayout& layout, uint8_t* tile, int offset, const float*
 
 // ---- queries
 
-inline void to_words(const float* x, int dim, uint32_t* words, F32Dot) { std::memcpy(words, x, size_t(dim) * 4); }
-inline void to_words(const float* x, int dim, uint32_t* words, BF16Dot) {
-    for (int d = 0; d < dim; d += kLanes) store((BFloat*)words + d, load_first(x + d, lanes_left(dim, d)));
+inline void store_as(uint32_t* words, int i, Floats x, F32Dot) { store((float*)words + i, x); }
+inline void store_as(uint32_t* words, int i, Floats x, BF16Dot) { store((BFloat*)words + i, x); }
+
+// What turns q . k into the argument of 2^x, or of tanh where there is a softcap (e^2x is what tanh needs).
+inline float score_factor(const AttentionCall& call) {
+    return call.softcap > 0 ? call.scale * (2 * kLog2E / call.softcap) : call.scale * kLog2E;
 }
 
 template <class S>
@@ -106,11 +109,13 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
     const KvLayout& layout = *call.layout;
     const int words = layout.dim / S::kWord;
     const Scratch scratch(memory, layout.dim);
-    for (int i = 0; i < count; ++i) {
-        uint32_t* out = scratch.q + i * words;
-        std::memset(out, 0, size_t(words) * 4);
-        to_words(q[i], layout.head_dim, out, typename S::Dot());
-    }
+    const Floats factor = all(score_factor(call));
+    for (int i = 0; i < count; ++i)
+        for (int d = 0; d < layout.dim; d += kLanes) {
+            const int left = lanes_left(layout.head_dim, d);
+            const Floats x = left == kLanes ? load(q[i] + d) : load_first(q[i] + d, left);
+            store_as(scratch.q + i * words, d, x * factor, typename S::Dot());
+        }
 }
 
 // ---- products
@@ -217,25 +222,24 @@ struct Seen {
     int first, past;
 };
 
-inline void store_weights(float* row, int t, Floats p, F32Dot) { store(row + t * kTile, p); }
-inline void store_weights(float* row, int t, Floats p, BF16Dot) { store((BFloat*)row + t * kTile, p); }
-
 // Scores of one query become weights p, in place, as words; gives m and l.
 template <class S>
 inline void soften(const AttentionCall& call, float* row, Seen seen, int first_tile, int past_tile, const Tiles& tiles, float* m, float* l) {
-    const Floats scale = all(call.softcap > 0 ? call.scale * (2 * kLog2E / call.softcap) : call.scale * kLog2E);
     const Floats none = all(-INFINITY);
     Floats best = none;
     for (int t = first_tile; t < past_tile; ++t) {
-        Floats s = load(row + t * kTile) * scale;
-        if constexpr (S::kScaled) s = s * load(tiles.scales[t]);
-        if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
-            const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
-            s = tanh * all(call.softcap * kLog2E);
-        }
         const int from = seen.first - t * kTile, to = seen.past - t * kTile;
-        if (from > 0 || to < kTile) s = keep(s, from < 0 ? 0 : from > kTile ? kTile : from, to < 0 ? 0 : to > kTile ? kTile : to, none);
-        store(row + t * kTile, s);
+        const bool whole = from <= 0 && to >= kTile;
+        Floats s = load(row + t * kTile);
+        if (S::kScaled || call.softcap > 0 || !whole) {
+            if constexpr (S::kScaled) s = s * load(tiles.scales[t]);
+            if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
+                const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
+                s = tanh * all(call.softcap * kLog2E);
+            }
+            if (!whole) s = keep(s, from < 0 ? 0 : from > kTile ? kTile : from, to < 0 ? 0 : to > kTile ? kTile : to, none);
+            store(row + t * kTile, s);
+        }
         best = max(best, s);
     }
     *m = greatest(best);
@@ -249,7 +253,7 @@ inline void soften(const AttentionCall& call, float* row, Seen seen, int first_t
             const Floats scales = load(tiles.scales[t] + kTile);
             p = p * (to < kTile ? keep(scales, 0, to < 0 ? 0 : to, zero()) : scales);
         }
-        store_weights(row, t, p, typename S::Dot());
+        store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
     }
     *l = sum(total);
 }
@@ -282,7 +286,14 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     Tiles tiles;
     find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
 
+    // Few queries make little of what they read: memory should be busy all the time.
+    auto fetch = [&](const uint32_t* const* of, int t) {
+        if (S::kExpanded || count > kTileQueries || t >= past) return;
+        for (size_t byte = 0; byte < layout.plane_bytes; byte += 64) prefetch((const uint8_t*)of[t] + byte);
+    };
+    for (int t = first; t < past && t < first + kTileVectors; ++t) fetch(tiles.keys, t);
     for (int t = first; t < past;) {
+        for (int v = 0; v < kTileVectors; ++v) fetch(tiles.keys, t + kTileVectors + v), fetch(tiles.values, t + v);
         if (past - t == 1) {
             query_tiles(count, [&](int i, auto n) {
                 score_tile<Dot, n, 1>(scratch.q + i * (dim / W), dim / W, tiles.keys + t, scratch.scores + i * kScoreStride + t * kTile);

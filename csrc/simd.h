@@ -1,6 +1,6 @@
 // Vectors of 16 floats for the instruction set that the including file is compiled for. The file sets HEADRACE_ISA (a
 // namespace) first. Every operation rounds alike on all of them, so code written in these gives the same bits, with two
-// exceptions: `dot` of bfloat16 pairs, and `fma`, which is two roundings in portable code.
+// exceptions: `dot` of bfloat16 pairs, `fma`, which is two roundings in portable code, and results below the least normal number.
 #pragma once
 
 #include <cmath>
@@ -47,22 +47,14 @@ inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats min(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline Floats nearest(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-// a * 2^n for an integer n (as float) that leaves a normal.
-inline Floats scale2(Floats a, Floats n) {
-    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23)))};
-}
-// Lanes where a < b take x, others y.
-inline Floats where_less(Floats a, Floats b, Floats x, Floats y) {
-    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
-}
+// a * 2^n for a from 1/2 to 2 and an integer n (as float) up to 127; from -127 down the result is 0 or subnormal.
+inline Floats scale2(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // Lanes first..past-1 keep a, the others take y.
 inline Floats keep(Floats a, int first, int past, Floats y) {
     const __mmask16 mask = __mmask16(((1u << past) - 1) & ~((1u << first) - 1));
     return {_mm512_mask_blend_ps(mask, y.v, a.v)};
 }
 inline __m256 halves(Floats a, int which) { return which ? _mm512_extractf32x8_ps(a.v, 1) : _mm512_castps512_ps256(a.v); }
-// Whether any lane of a is above the same lane of b.
-inline bool any_above(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 
 inline Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_words(uint32_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
@@ -125,12 +117,10 @@ inline Floats absolute(Floats x) {
 }
 inline Floats nearest(Floats x) { return {_mm256_round_ps(x.a, 0x8), _mm256_round_ps(x.b, 0x8)}; }
 inline __m256 scale2(__m256 x, __m256 n) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+    const __m256 scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+    return _mm256_and_ps(scaled, _mm256_cmp_ps(n, _mm256_set1_ps(-127), _CMP_GT_OQ));
 }
 inline Floats scale2(Floats x, Floats n) { return {scale2(x.a, n.a), scale2(x.b, n.b)}; }
-inline Floats where_less(Floats p, Floats q, Floats x, Floats y) {
-    return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(p.a, q.a, _CMP_LT_OQ)), _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(p.b, q.b, _CMP_LT_OQ))};
-}
 inline Floats keep(Floats x, int first, int past, Floats y) {
     const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
     const __m256i before = _mm256_set1_epi32(first - 1), after = _mm256_set1_epi32(past);
@@ -141,9 +131,6 @@ inline Floats keep(Floats x, int first, int past, Floats y) {
     return {pick(x.a, y.a, low), pick(x.b, y.b, high)};
 }
 inline __m256 halves(Floats x, int which) { return which ? x.b : x.a; }
-inline bool any_above(Floats x, Floats y) {
-    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))) != 0;
-}
 
 inline Words load_words(const uint32_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))}; }
 inline void store_words(uint32_t* p, Words x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 8), x.b); }
@@ -242,14 +229,10 @@ inline Floats nearest(Floats x) {
     // Adding 1.5 * 2^23 leaves the integer in the low bits: exact for the sizes met here, below 2^22.
     return each([&](int i) { return (x.v[i] + 12582912.0f) - 12582912.0f; });
 }
-inline Floats scale2(Floats x, Floats n) { return each([&](int i) { return from_bits(to_bits(x.v[i]) + (uint32_t(int32_t(n.v[i])) << 23)); }); }
-inline Floats where_less(Floats p, Floats q, Floats x, Floats y) { return each([&](int i) { return p.v[i] < q.v[i] ? x.v[i] : y.v[i]; }); }
-inline Floats keep(Floats x, int first, int past, Floats y) { return each([&](int i) { return i >= first && i < past ? x.v[i] : y.v[i]; }); }
-inline bool any_above(Floats x, Floats y) {
-    bool any = false;
-    for (int i = 0; i < kLanes; ++i) any |= x.v[i] > y.v[i];
-    return any;
+inline Floats scale2(Floats x, Floats n) {
+    return each([&](int i) { return n.v[i] > -127 ? from_bits(to_bits(x.v[i]) + (uint32_t(int32_t(n.v[i])) << 23)) : 0.0f; });
 }
+inline Floats keep(Floats x, int first, int past, Floats y) { return each([&](int i) { return i >= first && i < past ? x.v[i] : y.v[i]; }); }
 
 inline Words load_words(const uint32_t* p) {
     Words x;
@@ -306,9 +289,10 @@ inline float greatest(Floats x) {
 }
 #endif
 
-// 2^x within 2e-7 of its value; 0 below -126. Minimax polynomial of degree 6 on [-1/2, 1/2] (the coefficients of Cephes' exp2f).
+// 2^x within 2e-7 of its value for x from -126 to 127; below, 0 or almost. Minimax polynomial of degree 6 on [-1/2, 1/2] (the
+// coefficients of Cephes' exp2f).
 inline Floats exp2(Floats x) {
-    const Floats bounded = max(all(-127.0f), x), n = nearest(bounded), f = bounded - n;
+    const Floats bounded = max(all(-200.0f), x), n = nearest(bounded), f = bounded - n;
     Floats p = all(1.535336188319500e-4f);
     p = fma(p, f, all(1.339887440266574e-3f));
     p = fma(p, f, all(9.618437357674640e-3f));
@@ -316,7 +300,7 @@ inline Floats exp2(Floats x) {
     p = fma(p, f, all(2.402264791363012e-1f));
     p = fma(p, f, all(6.931472028550421e-1f));
     p = fma(p, f, all(1.0f));
-    return where_less(x, all(-126.0f), zero(), scale2(p, n));
+    return scale2(p, n);
 }
 
 constexpr float kLog2E = 1.44269504088896341f;

@@ -72,7 +72,7 @@ class Model:
     program: native.NativeProgram
 
     def step(self, chunks: list[tuple[int, int, list[int]]], samples: list | None = None):
-        """Queue chunks (sequence, start, tokens). Sequence s has pages 1 + 6 s and on; without samples, all logits come back."""
+        """Queue chunks (sequence, start, tokens). Sequence s has pages 1 + 6 s and on. No samples: all logits."""
         tokens = np.array([t for _, _, own in chunks for t in own], np.int32)
         counts = [len(own) for _, _, own in chunks]
         ends = np.cumsum(counts)

@@ -228,7 +228,8 @@ class NativeOps:
     def capture(self, model: Callable[[Batch], Array], limits: Limits, hidden: int | None = None) -> NativeProgram:
         """Record `model` and build its program.
 
-        `hidden` is the width of `batch.hidden`, for a range that does not start at layer 0. A model that ends in a product of `logit_rows` rows gets sampling; any other gives back its output.
+        `hidden` is the width of `batch.hidden`, for a range that does not start at layer 0. A model that ends in a
+        product of `logit_rows` rows gets sampling; any other gives back its output.
         """
         self.finish_packing()
         batch = Batch(
