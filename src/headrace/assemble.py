@@ -58,7 +58,7 @@ def open_model(name: str) -> Model:
 
 def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     """Load the weights and put the engine together."""
-    ops = choose_ops(settings.kernels, _threads(settings))
+    ops = choose_ops(settings.kernels, thread_count(settings.threads))
     resolved = resolve_settings(model, settings, ops)
     spec = model.spec
     layers = range(spec.layers)
@@ -158,5 +158,6 @@ def available_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _threads(settings: Settings) -> int:
-    return settings.threads or len(os.sched_getaffinity(0))
+def thread_count(wanted: int | None) -> int:
+    """The threads asked for, or one for each core that this process may use."""
+    return wanted or len(os.sched_getaffinity(0))

@@ -211,6 +211,16 @@ def bench(
     ] = None,
     kernels: Kernels = "auto",
     threads: Threads = None,
+    against: Annotated[
+        str, typer.Option(help="Other engines, run in turn with ours: llama.cpp,openvino,transformers,vllm.")
+    ] = "",
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Folder of their environments, FOLDER/<peer>/bin/python.", envvar="HEADRACE_PEERS"),
+    ] = None,
+    peer_model: Annotated[
+        list[str] | None, typer.Option(help="PEER=PATH: a model for one of them [default: the same file].")
+    ] = None,
 ) -> None:
     """Measure tokens per second, beside what the machine's memory and arithmetic allow at that moment.
 
@@ -219,11 +229,15 @@ def bench(
     """
     if ctx.invoked_subcommand is not None:
         return
+    from .assemble import open_model, thread_count
+    from .lab.against import peer_models, peers_folder, started
     from .lab.bench import measure, parse_tests, print_report, write_report
 
     parsed = parse_tests(tests)
-    with _progress("runs") as advance:
-        report = measure(model, parsed, reps, advance, kernels=kernels, threads=threads)
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    models = peer_models(names, peer_model or [], open_model(model).path)
+    with started(names, peers_folder(peers), models, thread_count(threads)) as others, _progress("runs") as advance:
+        report = measure(model, parsed, reps, advance, others, kernels=kernels, threads=threads)
     print_report(report)
     if json_file is not None:
         write_report(report, json_file)

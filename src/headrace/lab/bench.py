@@ -8,9 +8,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,8 +22,12 @@ from ..llm import LLM
 from ..model.spec import ModelSpec
 from ..results import machine_facts, summarize_tests, write_results
 from ..types import SamplingParams
+from .against import Peer, PeerRun
 from .ceilings import Ceilings, sample_ceilings
 from .info import step_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BATCH_PROMPT = BATCH_NEW = 64
 SHORT_PROMPT = 8
@@ -141,12 +145,20 @@ class Report:
 
     config: dict[str, Any]
     runs: list[Run]
+    peer_runs: list[PeerRun] = field(default_factory=list)
 
 
 def measure(
-    model: str, tests: Sequence[Test], reps: int, advance: Callable[[int, int], None], **settings: Any
+    model: str,
+    tests: Sequence[Test],
+    reps: int,
+    advance: Callable[[int, int], None],
+    peers: Sequence[Peer] = (),
+    **settings: Any,
 ) -> Report:
     """Load `model`; run each test once to warm up, then `reps` times. `advance(done, all)` hears of progress, in runs.
+
+    Each of `peers` runs the same test after each run of ours, so that all meet the machine in the same mood.
 
     Prompts are random token ids, new ones every time, so that nothing is found in the prefix cache.
     """
@@ -155,6 +167,7 @@ def measure(
     most = max(Settings().max_sequences, *(test.batch for test in tests))
     rng = random.Random(0)
     runs: list[Run] = []
+    peer_runs: list[PeerRun] = []
     started = time.perf_counter()
     with LLM(model, **settings, max_sequences=most) as llm:
         load_s = time.perf_counter() - started
@@ -166,10 +179,14 @@ def measure(
                 if rep >= 0:
                     ceilings = sample_ceilings(llm.config.kernels, weights, llm.config.threads)
                     runs.append(Run(test, seconds, cost, ceilings))
+                for peer in peers:
+                    peer_run = peer.run(test.name)
+                    if rep >= 0:
+                        peer_runs.append(peer_run)
                 advance(index * (reps + 1) + rep + 2, len(tests) * (reps + 1))
         config = machine_facts() | msgspec.to_builtins(llm.config)
     measured = {"load_s": load_s, "resident_bytes": resident, "peak_resident_bytes": _peak_resident_bytes()}
-    return Report(config | measured | {"bytes_per_step": weights, "reps": reps}, runs)
+    return Report(config | measured | {"bytes_per_step": weights, "reps": reps}, runs, peer_runs)
 
 
 def _resident_bytes() -> int:
@@ -218,10 +235,33 @@ def _check(test: Test, output: Output, new: int) -> None:
 def write_report(report: Report, path: Path) -> None:
     """Write the results file. ResultsError or RequestError where that fails."""
     rows = [run.as_dict() for run in report.runs]
+    peers = [run.as_dict() for run in report.peer_runs]
+    summary = summarize_tests(rows)
+    for name in dict.fromkeys(run.engine for run in report.peer_runs):
+        of_peer = summarize_tests([row for row in peers if row["engine"] == name])
+        summary |= {f"{test} {name}": values for test, values in of_peer.items()}
     try:
-        write_results(path, report.config, rows, summarize_tests(rows))
+        write_results(path, report.config, [{"engine": "headrace", **row} for row in rows] + peers, summary)
     except OSError as error:
         raise RequestError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _peer_table(report: Report) -> Table:
+    """Median rates of ours and of each peer, and ours over the best of theirs."""
+    from statistics import median
+
+    from rich import box
+    from rich.table import Table
+
+    engines = list(dict.fromkeys(run.engine for run in report.peer_runs))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("test", "headrace", *engines, "headrace / best peer"):
+        table.add_column(name, justify="left" if name == "test" else "right")
+    for test in dict.fromkeys(run.test.name for run in report.runs):
+        ours = median(run.rate for run in report.runs if run.test.name == test)
+        theirs = [median(r.rate for r in report.peer_runs if (r.engine, r.test) == (name, test)) for name in engines]
+        table.add_row(test, *(f"{rate:,.1f}" for rate in (ours, *theirs)), f"{ours / max(theirs):.2f}")
+    return table
 
 
 def print_report(report: Report) -> None:
@@ -254,5 +294,7 @@ def print_report(report: Report) -> None:
     config = report.config
     console.print(f"{config['model']} on {config['cpu']}, op set {config['kernels']}, {config['threads']} threads")
     console.print(table)
+    if report.peer_runs:
+        console.print(_peer_table(report))
     memory = f"{config['resident_bytes'] / 1e6:,.0f} MB resident, {config['peak_resident_bytes'] / 1e6:,.0f} MB at most"
     console.print(f"loaded in {config['load_s']:.2f} s, {memory}")
