@@ -74,7 +74,7 @@ def peer_models(names: Sequence[str], chosen: Sequence[str], default: Path) -> d
     models = dict.fromkeys(names, str(default))
     for entry in chosen:
         name, _, path = entry.partition("=")
-        if name not in models or not Path(path).exists():
+        if name not in models or not path or not Path(path).exists():
             raise ConfigError(
                 f"--peer-model {entry!r:.200} must be PEER=PATH, of a peer in --against and a path that exists"
             )
