@@ -227,7 +227,9 @@ def _generate(llm: LLM, test: Test, new: int, rng: random.Random) -> float:
 def _check(test: Test, output: Output, new: int) -> None:
     """What was timed must be what the test's name says."""
     if output.timings.preemptions:
-        raise CapacityError(f"{test.name} does not fit in KV memory: sequences were preempted; raise --kv-memory")
+        raise CapacityError(
+            f"{test.name} does not fit in the memory for keys and values: sequences were preempted; bench fewer at once"
+        )
     if len(output.token_ids) != new:
         raise RequestError(f"{test.name}: {len(output.token_ids)} tokens came back where {new} were asked for")
 
