@@ -5,7 +5,8 @@
 //     l = sum p_t in 16 lanes by t mod 16, ascending, then halving               o = sum p_t v_t, t ascending
 // and blocks are merged in ascending order: m' = max(m, m_b), a = 2^(m - m'), b = 2^(m_b - m'), l = fma(l, a, l_b * b), o likewise.
 // So a row has the same bits whichever chunk, page, batch or thread it is computed in. With float32 and float16 storage, products are
-// of floats; with bfloat16 and int8 storage, q and p (times v's scale) are rounded to bfloat16, in which int8 codes are exact.
+// of floats. With bfloat16, q and p are rounded to it. With int8, q is rounded to steps of max|q| / 16256 and p_t times v_t's scale to
+// steps of its greatest value / 65535, and the products are sums of integers.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +24,8 @@ constexpr int kMaxHeadDim = 512;
 enum class KvType : uint8_t { f32, f16, bf16, i8 };
 
 // A page holds, per KV head, page_size / 16 tiles of 16 tokens. A tile: keys [head_dim / w][16][w], values [16 / w][head_dim][w] with
-// w = 2 elements (bfloat16, int8) or 1 (float32, float16) to a word; for int8 then 16 float key scales and 16 value scales.
+// w = 1 element (float32, float16), 2 (bfloat16) or 4 (int8) to a word; for int8 (keys: code + 128), then 16 float scales of keys and 16 of
+// values.
 struct KvLayout {
     KvType type;
     int page_size, kv_heads, head_dim;

@@ -7,11 +7,12 @@
 namespace headrace::HEADRACE_ISA {
 namespace {
 
-// A register tile is kTileQueries query vectors x kTileVectors vectors of keys (or of value columns).
+// A register tile is kTileQueries query vectors x kTileVectors vectors of keys (or of value columns); products of bytes, which
+// keep two sums, have kByteQueries.
 #if defined(__AVX512BF16__)
-constexpr int kTileQueries = 6, kTileVectors = 4;
+constexpr int kTileQueries = 6, kTileVectors = 4, kByteQueries = 3;
 #else
-constexpr int kTileQueries = 3, kTileVectors = 2;
+constexpr int kTileQueries = 3, kTileVectors = 2, kByteQueries = 1;
 #endif
 constexpr int kTiles = kSplit / kTile;
 constexpr int kScoreStride = kSplit + kTile * kTileVectors;  // a register tile may run over the end
@@ -20,62 +21,71 @@ constexpr int kScoreStride = kSplit + kTile * kTileVectors;  // a register tile 
 struct F32Storage {
     using Element = float;
     using Dot = F32Dot;
-    static constexpr int kWord = 1;
-    static constexpr bool kExpanded = false, kScaled = false;
+    static constexpr int kWord = 1, kTile = kTileQueries;
+    static constexpr bool kExpanded = false, kBytes = false;
 };
 struct F16Storage {
     using Element = Half;
     using Dot = F32Dot;
-    static constexpr int kWord = 1;
-    static constexpr bool kExpanded = true, kScaled = false;
+    static constexpr int kWord = 1, kTile = kTileQueries;
+    static constexpr bool kExpanded = true, kBytes = false;
 };
 struct BF16Storage {
     using Element = BFloat;
     using Dot = BF16Dot;
-    static constexpr int kWord = 2;
-    static constexpr bool kExpanded = false, kScaled = false;
+    static constexpr int kWord = 2, kTile = kTileQueries;
+    static constexpr bool kExpanded = false, kBytes = false;
 };
 struct I8Storage {
-    using Element = int8_t;
-    using Dot = BF16Dot;
-    static constexpr int kWord = 2;
-    static constexpr bool kExpanded = true, kScaled = true;
+    using Element = uint8_t;
+    static constexpr int kWord = 4, kTile = kByteQueries;
+    static constexpr bool kExpanded = false, kBytes = true;
 };
 
-// Scratch of a unit of work: words of the queries, scores, and one block of keys and values where storage must be expanded.
+// A query as bytes: its float is scale * (128 high + low). bias = -128 * sum of (128 high + low), for keys are stored as code + 128.
+struct ByteQuery {
+    float scale;
+    int32_t bias;
+};
+
+// Scratch of a unit of work.
 struct Scratch {
-    uint32_t* q;
-    float* scores;
-    uint32_t *keys, *values;
+    uint32_t* q;              // words of each query [dim]; as bytes, high and low words [dim / 4] each
+    ByteQuery* byte_queries;  // [queries]
+    float* scores;            // [queries][kScoreStride], then weights as words
+    uint8_t* bytes;           // weights as bytes: [queries][high, low][kSplit]
+    uint32_t *keys, *values;  // one block, where storage is expanded
 
     Scratch(uint8_t* memory, int dim) {
         q = (uint32_t*)memory;
-        scores = (float*)(q + kQueries * dim);
-        keys = (uint32_t*)(scores + kQueries * kScoreStride);
+        byte_queries = (ByteQuery*)(q + kQueries * dim);
+        scores = (float*)(byte_queries + kQueries);
+        bytes = (uint8_t*)(scores + kQueries * kScoreStride);
+        keys = (uint32_t*)(bytes + kQueries * 2 * kSplit);
         values = keys + kSplit * dim;
     }
+    static size_t size(int dim) { return size_t(kQueries) * (size_t(dim + kScoreStride) * 4 + sizeof(ByteQuery) + 2 * kSplit) + 2 * size_t(kSplit) * size_t(dim) * 4; }
 };
 
 // ---- storing
 
 inline int lanes_left(int dim, int d) { return dim - d < kLanes ? dim - d : kLanes; }
 
-inline void to_elements(const float* x, int dim, float* out, float*) { std::memcpy(out, x, size_t(dim) * 4); }
+inline void to_elements(const float* x, int dim, float* out, float*, int) { std::memcpy(out, x, size_t(dim) * 4); }
 
 template <class Element>
-inline void to_elements(const float* x, int dim, Element* out, float*) {
+inline void to_elements(const float* x, int dim, Element* out, float*, int) {
     for (int d = 0; d < dim; d += kLanes) store(out + d, load_first(x + d, lanes_left(dim, d)));
 }
 
-inline void to_elements(const float* x, int dim, int8_t* out, float* scale) {
+inline void to_elements(const float* x, int dim, uint8_t* out, float* scale, int offset) {
     Floats size = zero();
     for (int d = 0; d < dim; d += kLanes) size = max(size, absolute(load_first(x + d, lanes_left(dim, d))));
     *scale = greatest(size) / 127.0f;
     const Floats divisor = all(*scale > 0 ? *scale : 1.0f);
     for (int d = 0; d < dim; d += kLanes) {
-        float codes[kLanes];
-        store(codes, nearest(load_first(x + d, lanes_left(dim, d)) / divisor));
-        for (int i = 0; i < kLanes; ++i) out[d + i] = int8_t(codes[i]);
+        const Floats codes = max(nearest(load_first(x + d, lanes_left(dim, d)) / divisor), all(-127.0f));  // a NaN becomes -127
+        store_byte<0>(out + d, to_ints(codes + all(float(offset))));
     }
 }
 
@@ -85,8 +95,8 @@ void store_token(const KvLayout& layout, uint8_t* tile, int offset, const float*
     constexpr int W = S::kWord;
     Element key[kMaxHeadDim], value[kMaxHeadDim];
     float* scales = (float*)(tile + 2 * layout.plane_bytes);
-    to_elements(k, layout.head_dim, key, scales + offset);
-    to_elements(v, layout.head_dim, value, scales + kTile + offset);
+    to_elements(k, layout.head_dim, key, scales + offset, 128);
+    to_elements(v, layout.head_dim, value, scales + kTile + offset, 0);
     Element *keys = (Element*)tile, *values = (Element*)(tile + layout.plane_bytes) + offset / W * layout.dim * W + offset % W;
     for (int d = 0; d < layout.head_dim; ++d) {
         keys[(d / W * kTile + offset) * W + d % W] = key[d];
@@ -104,25 +114,51 @@ inline float score_factor(const AttentionCall& call) {
     return call.softcap > 0 ? call.scale * (2 * kLog2E / call.softcap) : call.scale * kLog2E;
 }
 
+inline void to_bytes(const float* q, int dim, uint32_t* words, ByteQuery& query) {
+    constexpr float steps = 127 * 128;
+    Floats size = zero();
+    for (int d = 0; d < dim; d += kLanes) size = max(size, absolute(load(q + d)));
+    query.scale = greatest(size) / steps;
+    const Floats divisor = all(query.scale > 0 ? query.scale : 1.0f);
+    uint8_t *high = (uint8_t*)words, *low = high + dim;
+    Words sum = all_words(0);
+    for (int d = 0; d < dim; d += kLanes) {
+        const Floats code = max(nearest(load(q + d) / divisor), all(-steps)), upper = nearest(code * all(1.0f / 128));
+        store_byte<0>(high + d, to_ints(upper));
+        store_byte<0>(low + d, to_ints(code - upper * all(128.0f)));
+        sum = sum + to_ints(code);
+    }
+    int32_t sums[kLanes];
+    store_words((uint32_t*)sums, sum);
+    query.bias = 0;
+    for (int32_t part : sums) query.bias -= 128 * part;
+}
+
 template <class S>
 void prepare(const AttentionCall& call, const float* const* q, int count, uint8_t* memory) {
     const KvLayout& layout = *call.layout;
-    const int words = layout.dim / S::kWord;
     const Scratch scratch(memory, layout.dim);
     const Floats factor = all(score_factor(call));
-    for (int i = 0; i < count; ++i)
+    float scaled[kMaxHeadDim];
+    for (int i = 0; i < count; ++i) {
+        uint32_t* words = scratch.q + i * layout.dim;
         for (int d = 0; d < layout.dim; d += kLanes) {
             const int left = lanes_left(layout.head_dim, d);
-            const Floats x = left == kLanes ? load(q[i] + d) : load_first(q[i] + d, left);
-            store_as(scratch.q + i * words, d, x * factor, typename S::Dot());
+            const Floats x = (left == kLanes ? load(q[i] + d) : load_first(q[i] + d, left)) * factor;
+            if constexpr (S::kBytes)
+                store(scaled + d, x);
+            else
+                store_as(words, d, x, typename S::Dot());
         }
+        if constexpr (S::kBytes) to_bytes(scaled, layout.dim, words, scratch.byte_queries[i]);
+    }
 }
 
 // ---- products
 
 // scores[query][16 v + lane] = sum over d of q . key, for NV tiles of keys.
 template <class Dot, int NQ, int NV>
-inline void score_tile(const uint32_t* q, int words, const uint32_t* const* keys, float* scores) {
+inline void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores) {
     Floats acc[NQ][NV];
     for (int i = 0; i < NQ; ++i)
         for (int v = 0; v < NV; ++v) acc[i][v] = zero();
@@ -130,7 +166,7 @@ inline void score_tile(const uint32_t* q, int words, const uint32_t* const* keys
         Words key[NV];
         for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
         for (int i = 0; i < NQ; ++i) {
-            const Words a = all_words(q[i * words + w]);
+            const Words a = all_words(q[i * stride + w]);
             for (int v = 0; v < NV; ++v) acc[i][v] = Dot::dot(acc[i][v], a, key[v]);
         }
     }
@@ -163,20 +199,60 @@ inline void value_tile(const uint32_t* p, const uint32_t* const* values, int col
         for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, acc[i][v]);
 }
 
-// Calls f with a constant number of queries for each register tile of `count` of them.
-template <class F>
+// The same of bytes: exact sums of integers.
+template <int NQ, int NV>
+inline void score_tile_bytes(const uint32_t* q, int stride, int words, const ByteQuery* queries, const uint32_t* const* keys, float* scores) {
+    Words high[NQ][NV], low[NQ][NV];
+    for (int i = 0; i < NQ; ++i)
+        for (int v = 0; v < NV; ++v) high[i][v] = all_words(0), low[i][v] = all_words(uint32_t(queries[i].bias));
+    for (int w = 0; w < words; ++w) {
+        Words key[NV];
+        for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
+        for (int i = 0; i < NQ; ++i) {
+            const Words upper = all_words(q[i * stride + w]), lower = all_words(q[i * stride + words + w]);
+            for (int v = 0; v < NV; ++v) {
+                high[i][v] = dot_bytes(high[i][v], key[v], upper);
+                low[i][v] = dot_bytes(low[i][v], key[v], lower);
+            }
+        }
+    }
+    for (int i = 0; i < NQ; ++i)
+        for (int v = 0; v < NV; ++v)
+            store(scores + i * kScoreStride + v * kTile, to_floats(shift_left<7>(high[i][v]) + low[i][v]) * all(queries[i].scale));
+}
+
+// out = factor * sum of (256 high + low) * value.
+template <int NQ, int NV>
+inline void value_tile_bytes(const uint8_t* p, const float* factors, const uint32_t* const* values, int column, int dim, int tiles, float* out) {
+    Words high[NQ][NV], low[NQ][NV];
+    for (int i = 0; i < NQ; ++i)
+        for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
+    for (int t = 0; t < tiles; ++t) {
+        const uint32_t* row = values[t] + column;
+        for (int w = 0; w < kTile / 4; ++w, row += dim) {
+            Words value[NV];
+            for (int v = 0; v < NV; ++v) value[v] = load_words(row + v * kLanes);
+            for (int i = 0; i < NQ; ++i) {
+                const uint32_t* weights = (const uint32_t*)(p + i * 2 * kSplit) + t * (kTile / 4) + w;
+                const Words upper = all_words(weights[0]), lower = all_words(weights[kSplit / 4]);
+                for (int v = 0; v < NV; ++v) {
+                    high[i][v] = dot_bytes(high[i][v], upper, value[v]);
+                    low[i][v] = dot_bytes(low[i][v], lower, value[v]);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < NQ; ++i)
+        for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, to_floats(shift_left<8>(high[i][v]) + low[i][v]) * all(factors[i]));
+}
+
+// Calls f with a constant number of queries for each register tile of `count` of them; a tile has at most Most.
+template <int Most, class F>
 inline void query_tiles(int count, F f) {
     int i = 0;
-    for (; i + kTileQueries <= count; i += kTileQueries) f(i, std::integral_constant<int, kTileQueries>());
-    switch (count - i) {
-        case 1: f(i, std::integral_constant<int, 1>()); break;
-        case 2: f(i, std::integral_constant<int, 2>()); break;
-#if defined(__AVX512BF16__)
-        case 3: f(i, std::integral_constant<int, 3>()); break;
-        case 4: f(i, std::integral_constant<int, 4>()); break;
-        case 5: f(i, std::integral_constant<int, 5>()); break;
-#endif
-    }
+    for (; i + Most <= count; i += Most) f(i, std::integral_constant<int, Most>());
+    if constexpr (Most > 1)
+        if (i < count) query_tiles<Most - 1>(count - i, [&](int first, auto n) { f(i + first, n); });
 }
 
 // ---- one block of keys
@@ -189,9 +265,6 @@ struct Tiles {
 
 inline void expand(const Half* from, int n, uint32_t* to) {
     for (int i = 0; i < n; i += kLanes) store((float*)to + i, load(from + i));
-}
-inline void expand(const int8_t* from, int n, uint32_t* to) {
-    for (int i = 0; i < n; i += kLanes) store((BFloat*)to + i, load(from + i));
 }
 
 // Finds (and expands) tiles first..past-1 of the block that starts at position `start`.
@@ -231,8 +304,8 @@ inline void soften(const AttentionCall& call, float* row, Seen seen, int first_t
         const int from = seen.first - t * kTile, to = seen.past - t * kTile;
         const bool whole = from <= 0 && to >= kTile;
         Floats s = load(row + t * kTile);
-        if (S::kScaled || call.softcap > 0 || !whole) {
-            if constexpr (S::kScaled) s = s * load(tiles.scales[t]);
+        if (S::kBytes || call.softcap > 0 || !whole) {
+            if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
             if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
                 const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
                 s = tanh * all(call.softcap * kLog2E);
@@ -246,21 +319,40 @@ inline void soften(const AttentionCall& call, float* row, Seen seen, int first_t
     const Floats top = all(seen.past > seen.first ? *m : 0.0f);
     Floats total = zero();
     for (int t = first_tile; t < past_tile; ++t) {
-        Floats p = exp2(load(row + t * kTile) - top);
+        const Floats p = exp2(load(row + t * kTile) - top);
         total = total + p;
-        if constexpr (S::kScaled) {
-            const int to = seen.past - t * kTile;  // scales past the last token may be anything
-            const Floats scales = load(tiles.scales[t] + kTile);
-            p = p * (to < kTile ? keep(scales, 0, to < 0 ? 0 : to, zero()) : scales);
-        }
-        store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
+        if constexpr (S::kBytes)
+            store(row + t * kTile, p);
+        else
+            store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
     }
     *l = sum(total);
 }
 
+// Weights times their values' scales as 16-bit fractions of the greatest one; returns that one's step.
+inline float fractions(const float* row, Seen seen, int first_tile, int past_tile, const Tiles& tiles, uint8_t* bytes) {
+    constexpr float steps = 65535;
+    float weights[kSplit];
+    Floats most = zero();
+    for (int t = first_tile; t < past_tile; ++t) {
+        const int from = seen.first - t * kTile, to = seen.past - t * kTile;
+        Floats w = load(row + t * kTile) * load(tiles.scales[t] + kTile);
+        if (from > 0 || to < kTile) w = keep(w, from < 0 ? 0 : from > kTile ? kTile : from, to < 0 ? 0 : to > kTile ? kTile : to, zero());
+        store(weights + t * kTile, w);
+        most = max(most, w);
+    }
+    const float greatest_weight = greatest(most);
+    const Floats factor = all(greatest_weight > 0 ? steps / greatest_weight : 0.0f);
+    for (int t = first_tile; t < past_tile; ++t) {
+        const Words code = to_ints(nearest(min(load(weights + t * kTile) * factor, all(steps))));
+        store_byte<1>(bytes + t * kTile, code);
+        store_byte<0>(bytes + kSplit + t * kTile, code);
+    }
+    return greatest_weight / steps;
+}
+
 template <class S>
 void partial(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, uint8_t* memory, float* out) {
-    using Dot = typename S::Dot;
     constexpr int W = S::kWord;
     const KvLayout& layout = *call.layout;
     const int dim = layout.dim, start = block * kSplit;
@@ -288,39 +380,55 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
 
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {
-        if (S::kExpanded || count > kTileQueries || t >= past) return;
+        if (S::kExpanded || count > S::kTile || t >= past) return;
         for (size_t byte = 0; byte < layout.plane_bytes; byte += 64) prefetch((const uint8_t*)of[t] + byte);
     };
     for (int t = first; t < past && t < first + kTileVectors; ++t) fetch(tiles.keys, t);
     for (int t = first; t < past;) {
         for (int v = 0; v < kTileVectors; ++v) fetch(tiles.keys, t + kTileVectors + v), fetch(tiles.values, t + v);
-        if (past - t == 1) {
-            query_tiles(count, [&](int i, auto n) {
-                score_tile<Dot, n, 1>(scratch.q + i * (dim / W), dim / W, tiles.keys + t, scratch.scores + i * kScoreStride + t * kTile);
-            });
-            break;
-        }
+        const int vectors = past - t == 1 ? 1 : kTileVectors;
         const uint32_t* keys[kTileVectors];
         for (int v = 0; v < kTileVectors; ++v) keys[v] = tiles.keys[t + v < past ? t + v : past - 1];
-        query_tiles(count, [&](int i, auto n) {
-            score_tile<Dot, n, kTileVectors>(scratch.q + i * (dim / W), dim / W, keys, scratch.scores + i * kScoreStride + t * kTile);
-        });
-        t += kTileVectors;
+        auto products = [&](auto n_vectors) {
+            query_tiles<S::kTile>(count, [&](int i, auto n) {
+                const uint32_t* q = scratch.q + i * dim;
+                float* scores = scratch.scores + i * kScoreStride + t * kTile;
+                if constexpr (S::kBytes)
+                    score_tile_bytes<n, n_vectors>(q, dim, dim / W, scratch.byte_queries + i, keys, scores);
+                else
+                    score_tile<typename S::Dot, n, n_vectors>(q, dim, dim / W, keys, scores);
+            });
+        };
+        if (vectors == 1)
+            products(std::integral_constant<int, 1>());
+        else
+            products(std::integral_constant<int, kTileVectors>());
+        t += vectors;
     }
 
-    for (int i = 0; i < count; ++i) soften<S>(call, scratch.scores + i * kScoreStride, seen[i], first, past, tiles, m + i, l + i);
+    float factors[kQueries];
+    for (int i = 0; i < count; ++i) {
+        float* row = scratch.scores + i * kScoreStride;
+        soften<S>(call, row, seen[i], first, past, tiles, m + i, l + i);
+        if constexpr (S::kBytes) factors[i] = fractions(row, seen[i], first, past, tiles, scratch.bytes + i * 2 * kSplit);
+    }
 
     const int tokens = high - first * kTile;
     int column = 0;
-    auto values = [&](auto vectors) {
-        query_tiles(count, [&](int i, auto n) {
-            const uint32_t* p = (const uint32_t*)(scratch.scores + i * kScoreStride) + first * kTile / W;
-            value_tile<Dot, W, n, vectors>(p, tiles.values + first, column, dim, tokens, o + size_t(i) * dim + column);
+    auto mix = [&](auto vectors) {
+        query_tiles<S::kTile>(count, [&](int i, auto n) {
+            float* result = o + size_t(i) * dim + column;
+            if constexpr (S::kBytes) {
+                value_tile_bytes<n, vectors>(scratch.bytes + i * 2 * kSplit + first * kTile, factors + i, tiles.values + first, column, dim, past - first, result);
+            } else {
+                const uint32_t* p = (const uint32_t*)(scratch.scores + i * kScoreStride) + first * kTile / W;
+                value_tile<typename S::Dot, W, n, vectors>(p, tiles.values + first, column, dim, tokens, result);
+            }
         });
         column += vectors * kLanes;
     };
-    while (column + kTileVectors * kLanes <= dim) values(std::integral_constant<int, kTileVectors>());
-    while (column < dim) values(std::integral_constant<int, 1>());
+    while (column + kTileVectors * kLanes <= dim) mix(std::integral_constant<int, kTileVectors>());
+    while (column < dim) mix(std::integral_constant<int, 1>());
 }
 
 // ---- merging
@@ -369,6 +477,6 @@ const AttentionKernels& attention_table(KvType type) {
     return tables[int(type)];
 }
 
-size_t attention_scratch(int dim) { return (size_t(kQueries) * (dim + kScoreStride) + 2 * size_t(kSplit) * dim) * 4; }
+size_t attention_scratch(int dim) { return Scratch::size(dim); }
 
 }  // namespace headrace::HEADRACE_ISA

@@ -60,6 +60,16 @@ inline Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_words(uint32_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
 inline Words all_words(uint32_t x) { return {_mm512_set1_epi32(int(x))}; }
 inline Words low_halves(Words a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
+inline Words operator+(Words a, Words b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int N>
+inline Words shift_left(Words a) { return {_mm512_slli_epi32(a.v, N)}; }
+// acc + sum of the four products of a's bytes (unsigned) with b's (signed).
+inline Words dot_bytes(Words acc, Words a, Words b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
+inline Floats to_floats(Words a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Words to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+// Bits 8 * N to 8 * N + 7 of each word.
+template <int N>
+inline void store_byte(uint8_t* p, Words a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_srli_epi32(a.v, 8 * N))); }
 // acc + a * b, for floats, and for pairs of bfloat16.
 struct F32Dot {
     static Floats dot(Floats acc, Words a, Words b) { return {_mm512_fmadd_ps(_mm512_castsi512_ps(a.v), _mm512_castsi512_ps(b.v), acc.v)}; }
@@ -138,6 +148,23 @@ inline Words all_words(uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_s
 inline Words low_halves(Words x) {
     const __m256i mask = _mm256_set1_epi32(0xffff);
     return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};
+}
+inline Words operator+(Words x, Words y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+template <int N>
+inline Words shift_left(Words x) { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
+inline __m256i dot_bytes(__m256i acc, __m256i x, __m256i y) {  // bytes of each parity as 16-bit numbers: no sum saturates
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(y, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+inline Words dot_bytes(Words acc, Words x, Words y) { return {dot_bytes(acc.a, x.a, y.a), dot_bytes(acc.b, x.b, y.b)}; }
+inline Floats to_floats(Words x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Words to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+template <int N>
+inline void store_byte(uint8_t* p, Words x) {
+    uint32_t words[kLanes];
+    _mm256_storeu_si256((__m256i*)words, x.a), _mm256_storeu_si256((__m256i*)(words + 8), x.b);
+    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(words[i] >> (8 * N));
 }
 inline __m256 as_floats(__m256i x) { return _mm256_castsi256_ps(x); }
 inline __m256 first_of_pair(__m256i x) { return as_floats(_mm256_slli_epi32(x, 16)); }
@@ -248,6 +275,30 @@ inline Words all_words(uint32_t x) {
 inline Words low_halves(Words x) {
     for (uint32_t& word : x.v) word &= 0xffff;
     return x;
+}
+inline Words operator+(Words x, Words y) {
+    for (int i = 0; i < kLanes; ++i) x.v[i] += y.v[i];
+    return x;
+}
+template <int N>
+inline Words shift_left(Words x) {
+    for (uint32_t& word : x.v) word <<= N;
+    return x;
+}
+inline Words dot_bytes(Words acc, Words x, Words y) {
+    for (int i = 0; i < kLanes; ++i)
+        for (int shift = 0; shift < 32; shift += 8) acc.v[i] += uint32_t(int32_t(uint8_t(x.v[i] >> shift)) * int32_t(int8_t(y.v[i] >> shift)));
+    return acc;
+}
+inline Floats to_floats(Words x) { return each([&](int i) { return float(int32_t(x.v[i])); }); }
+inline Words to_ints(Floats x) {  // of integers
+    Words out;
+    for (int i = 0; i < kLanes; ++i) out.v[i] = uint32_t(int32_t(x.v[i]));
+    return out;
+}
+template <int N>
+inline void store_byte(uint8_t* p, Words x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(x.v[i] >> (8 * N));
 }
 struct F32Dot {
     static Floats dot(Floats acc, Words x, Words y) { return each([&](int i) { return acc.v[i] + from_bits(x.v[i]) * from_bits(y.v[i]); }); }
