@@ -39,13 +39,14 @@ inline void with_rows(int r, F&& f) {
     f.template operator()<Max>();
 }
 
-// Cuts `rows` into the fewest pieces of at most `most`, as even as possible, and calls visit(first, count).
+// Cuts `rows` into the fewest pieces of at most `most`, as even as possible, the larger ones first, and calls visit(first, count).
 template <class Visit>
 inline void even_pieces(int64_t rows, int64_t most, Visit visit) {
     const int64_t pieces = (rows + most - 1) / most;
-    for (int64_t i = 0; i < pieces; i++) {
-        const int64_t first = rows * i / pieces;
-        visit(first, rows * (i + 1) / pieces - first);
+    for (int64_t i = 0, first = 0; i < pieces; i++) {
+        const int64_t count = rows / pieces + (i < rows % pieces);
+        visit(first, count);
+        first += count;
     }
 }
 
@@ -284,15 +285,21 @@ struct Ahead {
     }
 };
 
-// Adds `groups` groups from group0 on of two tiles to the sums of R rows.
+// Adds `groups` groups from group0 on of two tiles to the sums of R rows. The sums start at 0 where this is the first block of inputs, and go
+// to `out` where it is the last; between blocks they wait in `partial`.
 template <Format format, int R>
 __attribute__((noinline)) void run_rows(const BlockScales<format>& scales, const uint8_t* tile, int64_t tile_bytes, int64_t group0, int groups,
-                                        const uint8_t* x, int64_t stride, float* partial, Ahead& ahead) {
+                                        const uint8_t* x, int64_t stride, float* partial, bool first, bool last, const Output (&out)[2],
+                                        Ahead& ahead) {
     constexpr Layout layout = layout_of(format);
     Floats acc[R][2];
+    if (first)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < 2; t++) acc[r][t] = load(partial + (r * 2 + t) * 16);
+        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = zero();
+    else
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < 2; t++) acc[r][t] = load(partial + (r * 2 + t) * 16);
     int in_super = int(group0 % layout.groups);
     const uint8_t* planes = super_at<format>(tile, group0) + in_super * layout.group_bytes();
     for (int g = 0; g < groups; g++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
@@ -352,9 +359,15 @@ __attribute__((noinline)) void run_rows(const BlockScales<format>& scales, const
         }
         finish(layout.halves);
     }
+    if (last) {
+        for (int t = 0; t < 2; t++)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < 2; t++) store(partial + (r * 2 + t) * 16, acc[r][t]);
+            for (int r = 0; r < R; r++) out[t].put(r, acc[r][t]);
+    } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            for (int t = 0; t < 2; t++) store(partial + (r * 2 + t) * 16, acc[r][t]);
+    }
 }
 
 // Two tiles; `next` is the packed bytes that will be wanted after them.
@@ -365,7 +378,6 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
     BlockScales<format> scales;
     alignas(64) float partial[partial_rows * 2 * 16];
     const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
-    std::memset(partial, 0, size_t(rows) * 2 * 64);
     const int64_t blocks = (groups + block_groups - 1) / block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
@@ -373,15 +385,12 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
         Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
                                    (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
+            const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<block_rows>(int(count), [&]<int R>() {
                 run_rows<format, R>(scales, packed, int64_t(w.tile_bytes), group0, int(group1 - group0),
-                                    p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes, partial + first * 2 * 16, ahead);
+                                    p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes, partial + first * 2 * 16, b == 0,
+                                    b + 1 == blocks, out, ahead);
             });
-            if (b + 1 == blocks)
-                for (int t = 0; t < 2; t++) {
-                    const Output out(p, row0 + first, tile + t);
-                    for (int64_t r = 0; r < count; r++) out.put(r, load(partial + ((first + r) * 2 + t) * 16));
-                }
         });
     }
 }
@@ -398,9 +407,9 @@ inline void unpack_row_codes(const uint8_t* super, int group, Floats inverse, Co
     unpack_codes<format>(super + group * layout.group_bytes(), w);
     load_scales<format>(super, group, d, m);
     for (int h = 0; h <= layout.halves; h++) {
-        const Ints factor = to_ints(d[h] * inverse), half = all_ints(128 * 256 + 128);
+        const Ints factor = round_to_ints(d[h] * inverse), half = all_ints(128 * 256 + 128);
         Ints addend = half;
-        if constexpr (layout.has_min()) addend = half - (all_ints(0) - to_ints(m[h] * inverse));
+        if constexpr (layout.has_min()) addend = half - (all_ints(0) - round_to_ints(m[h] * inverse));
         if constexpr (layout.offset != 0) {
             constexpr int power = layout.offset == 4 ? 2 : layout.offset == 8 ? 3 : layout.offset == 16 ? 4 : layout.offset == 32 ? 5 : 7;
             addend = addend - scaled_by_power<power>(factor);
@@ -411,11 +420,8 @@ inline void unpack_row_codes(const uint8_t* super, int group, Floats inverse, Co
     }
 }
 
-// 256 / D for each output of a tile, 0 where D is.
-inline Floats inverse_steps(const uint8_t* tile) {
-    const Floats steps = load((const float*)tile);
-    return where_less(zero(), steps, all(256) / steps, zero());
-}
+// 256 / D for each output of a tile. Where D is 0 the result multiplies zeros: any finite number does.
+inline Floats inverse_steps(const uint8_t* tile) { return all(256) / max(load((const float*)tile), all(0x1p-100f)); }
 
 inline const RowHead& head_of(const Activation& a, int64_t row) { return *reinterpret_cast<const RowHead*>(a.row(row)); }
 inline Ints row_start(const RowHead& head) { return all_ints(wide_dot_is_signed ? 0 : -128 * head.sum); }
@@ -634,7 +640,7 @@ inline void quantise_group_row(const Activation& a, int64_t row, const float* x)
         bits = (bits + below) & ~below;
         std::memcpy(&scale, &bits, 4);
         const Floats inverse = all(1 / scale), most = all(127), least = all(-127);
-        const Ints low_codes = to_ints(min(max(low * inverse, least), most)), high_codes = to_ints(min(max(high * inverse, least), most));
+        const Ints low_codes = round_to_ints(min(max(low * inverse, least), most)), high_codes = round_to_ints(min(max(high * inverse, least), most));
         store_low_bytes(block->codes, low_codes), store_low_bytes(block->codes + 16, high_codes);
         const int32_t low_total = sum(low_codes), total = low_total + sum(high_codes);
         block->scale = scale, block->sum = scale * float(total), block->minus8 = -8 * total, block->minus8_low = -8 * low_total;
@@ -650,7 +656,7 @@ inline void quantise_whole_row(const Activation& a, int64_t row, const float* x)
     const Floats inverse = all(1 / scale), most = all(127), least = all(-127);
     Ints total = all_ints(0);
     for (int64_t k = 0; k < a.cols; k += 16) {
-        const Ints part = to_ints(min(max(load(x + k) * inverse, least), most));
+        const Ints part = round_to_ints(min(max(load(x + k) * inverse, least), most));
         store_low_bytes(codes + k, part);
         total = total - part;
     }

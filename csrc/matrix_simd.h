@@ -48,7 +48,7 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) { return {_mm
 constexpr bool wide_dot_is_signed = false;  // whether wide codes count as code - 128
 
 inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
-inline Ints to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline void store_low_bytes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
 
@@ -112,7 +112,7 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
 constexpr bool wide_dot_is_signed = true;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return fma(x, y, z); }
-inline Ints to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline Ints round_to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline void store_low_bytes(int8_t* p, Ints x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
     _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
@@ -184,7 +184,7 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
 constexpr bool wide_dot_is_signed = false;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return each([&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); }); }
-inline Ints to_ints(Floats x) { return each_int([&](int i) { return int32_t(std::nearbyintf(x.v[i])); }); }
+inline Ints round_to_ints(Floats x) { return each_int([&](int i) { return int32_t(std::nearbyintf(x.v[i])); }); }
 inline void store_low_bytes(int8_t* p, Ints x) { for (int i = 0; i < kLanes; i++) p[i] = int8_t(x.v[i]); }
 inline int32_t sum(Ints x) {
     int32_t total = 0;
