@@ -264,9 +264,10 @@ async def test_async_refusals_and_cancels_concern_one_request(engine: AsyncLLM) 
 
 async def test_a_dead_engine_is_reported_to_everyone(tiny: str) -> None:
     async with AsyncLLM(tiny, threads=1) as engine:
-        task = asyncio.create_task(engine.generate("x", SamplingParams(max_tokens=500, ignore_eos=True)))
-        await asyncio.sleep(0.1)
         assert engine._process is not None
+        os.kill(engine._process.pid, signal.SIGSTOP)  # so that it cannot finish first
+        task = asyncio.create_task(engine.generate("x", GREEDY))
+        await asyncio.sleep(0.1)
         os.kill(engine._process.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await task

@@ -80,7 +80,7 @@ def alone(setup: Setup) -> Iterator[list[Output]]:
         {"page_size": 16, "policy": "longest-prefix"},
         {"policy": "static", "max_sequences": 5},
     ],
-    ids=lambda settings: ",".join(f"{key}={value}" for key, value in settings.items()) or "default",
+    ids=["default", "uncached", "budget1", "budget7", "budget64", "three-in-flight", "longest-prefix", "static"],
 )
 def test_batched(setup: Setup, alone: list[Output], settings: dict[str, Any]) -> None:
     count = 8 if settings.get("max_batch_tokens") == 1 else len(PROMPTS)
