@@ -27,9 +27,6 @@ using namespace headrace;
 
 namespace {
 
-const char* const names[] = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"};
-constexpr int formats = int(std::size(names));
-
 struct Free { void operator()(void* p) const { std::free(p); } };
 template <class T> using Buffer = std::unique_ptr<T[], Free>;
 template <class T> Buffer<T> buffer(size_t count) {
@@ -113,7 +110,7 @@ void expect(bool good, const char* what, const char* format, const char* isa, do
 
 void check_format(Format format, bool per_row, int64_t rows, int64_t cols, std::mt19937& random) {
     constexpr int64_t most = 160;
-    const char* name = names[int(format)];
+    const char* name = format_name(format);
     const std::vector<uint8_t> source = random_rows(format, rows, cols, random);
     const Packed packed(format, rows, cols, source.data());
     const Recipe recipe = recipe_of(format, per_row);
@@ -175,7 +172,7 @@ void check_format(Format format, bool per_row, int64_t rows, int64_t cols, std::
 
 int check() {
     std::mt19937 random(1);
-    for (int f = 0; f < formats; f++)
+    for (int f = 0; f < format_count; f++)
         for (const bool per_row : {false, true}) {
             const Format format = Format(f);
             if (per_row && recipe_of(format, true) != Recipe::row) continue;
@@ -185,7 +182,7 @@ int check() {
             check_format(format, per_row, 50, block == 256 ? 768 : 672, random);
             check_format(format, per_row, 33, block == 256 ? 256 : 32, random);
             check_format(format, per_row, 80, block == 256 ? 1280 : 1312, random);
-            std::printf("%-7s %s %s\n", names[f], per_row ? "row  " : "group", failures == before ? "ok" : "FAILED");
+            std::printf("%-7s %s %s\n", format_name(Format(f)), per_row ? "row  " : "group", failures == before ? "ok" : "FAILED");
         }
     return failures != 0;
 }
@@ -371,8 +368,8 @@ int main(int count, char** words) {
     int threads = 2;
     for (int i = 2; i < count; i++) {
         const std::string word = words[i];
-        for (int f = 0; f < formats; f++)
-            if (word == names[f]) layers = Format(f);
+        for (int f = 0; f < format_count; f++)
+            if (word == format_name(Format(f))) layers = Format(f);
         if (word == "row") per_row = true;
         else if (word == "135m" || word == "1b") which = word;
         else if (std::isdigit(word[0])) threads = std::max(1, std::atoi(word.c_str()));

@@ -37,8 +37,6 @@ struct Block {
     uint8_t scale[16], min[16];  // K formats: of each group, or half group
 };
 
-struct KSizes { int bytes; };
-
 int block_bytes(Format format) {
     switch (format) {
         case Format::F32: return 4;
@@ -299,6 +297,12 @@ size_t tile_size(Format format, int64_t cols) {
 }
 
 }  // namespace
+
+const char* format_name(Format format) {
+    static constexpr const char* names[format_count] = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+                                                        "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"};
+    return names[int(format)];
+}
 
 int64_t block_cols(Format format) {
     if (is_float(format)) return 1;

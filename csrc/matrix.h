@@ -31,6 +31,9 @@ namespace headrace {
 
 enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL };
 
+constexpr int format_count = 14;
+const char* format_name(Format format);
+
 enum class Recipe : uint8_t { group, row, bf16, f32 };
 
 constexpr int64_t tile_rows = 16;

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tiny import write_tiny
 
 from headrace.errors import ConfigError, HeadraceError
 from headrace.lab.against import peer_models, started
 from headrace.lab.bench import measure, parse_tests, print_report, write_report
 from headrace.results import read_results
-from tests.tiny import write_tiny
 
 
 @pytest.fixture

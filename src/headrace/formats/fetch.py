@@ -213,6 +213,7 @@ def _model_files(repo: str, listing: list[str]) -> list[str]:
 def _hub_errors(name: str) -> Iterator[None]:
     from huggingface_hub import errors
 
+    transport: type[Exception] = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield
     except errors.OfflineModeIsEnabled as error:
@@ -223,7 +224,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         raise ModelNotFoundError(f"{name} is gated: accept its terms on its page, then `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         raise ModelNotFoundError(f"{name} is not there, or private ({_first_line(error)})") from error
-    except (errors.HfHubHTTPError, errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except (errors.HfHubHTTPError, transport, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelNotFoundError(
             f"{name}: the Hugging Face Hub cannot be reached ({_first_line(error)}); check the network and HF_ENDPOINT"
         ) from error
