@@ -17,7 +17,7 @@ class Resident:
 
     def __init__(self, request: Request, tokens: list[int], slot: int, pools: int) -> None:
         self.request, self.tokens, self.slot = request, tokens, slot
-        self.pages = [0] * pools  # pages in each pool's table
+        self.pages: list[list[int]] = [[] for _ in range(pools)]  # in each pool, from position 0 on
         self.sampling: bytes | None = None  # what the runner keeps to sample for it
 
     @property
@@ -65,40 +65,54 @@ class Residents:
         for opened in step.opened:
             slot = self._free_slots.pop()
             self._by_handle[opened.seq] = Resident(opened.request, list(opened.tokens), slot, len(self._tables))
-            for table in self._tables:
-                table[slot] = 0
         for chunk in step.chunks:
             resident = self._by_handle[chunk.seq]
             for pool, pages in enumerate(chunk.new_pages):
                 if pages:
-                    first = resident.pages[pool]
+                    first = len(resident.pages[pool])
                     self._tables[pool][resident.slot, first : first + len(pages)] = pages
-                    resident.pages[pool] = first + len(pages)
+                    resident.pages[pool].extend(pages)
 
     def rows(self, step: Step) -> Rows:
         """The step's chunks as arrays."""
         residents = [self._by_handle[chunk.seq] for chunk in step.chunks]
-        counts = np.array([len(chunk.tokens) for chunk in step.chunks])
-        starts = np.array([chunk.start for chunk in step.chunks])
-        chunk_rows = np.zeros(len(counts) + 1, np.int32)
-        np.cumsum(counts, out=chunk_rows[1:])
+        # Plain lists: most chunks have one row, and a numpy call costs more than a few steps of a loop.
         tokens: list[int] = []
+        positions: list[int] = []
+        chunk_rows, logit_rows, last = [0], [], 0
         for chunk, resident in zip(step.chunks, residents, strict=True):
             tokens.extend(chunk.tokens)
             if chunk.tokens[-1] == LATE:
                 tokens[-1] = -1 - resident.slot
-        of_chunk = np.repeat(np.arange(len(counts)), counts)
-        positions = (starts[of_chunk] + np.arange(len(tokens)) - chunk_rows[of_chunk]).astype(np.int32)
-        wanted = np.array([chunk.logit_rows for chunk in step.chunks])
-        ends = chunk_rows[1:][of_chunk]
-        logit_rows = np.flatnonzero(np.arange(len(tokens)) >= ends - wanted[of_chunk]).astype(np.int32)
-        slots = np.array([resident.slot for resident in residents])
-        width = int((starts + counts - 1).max()) // self._page_size + 1
-        groups = tuple(self._group(table, slots, slots[of_chunk], positions, width) for table in self._tables)
-        return Rows(step.chunks, residents, np.array(tokens, np.int32), positions, chunk_rows, logit_rows, groups)
+            end = chunk.start + len(chunk.tokens)
+            positions.extend(range(chunk.start, end))
+            chunk_rows.append(len(tokens))
+            logit_rows.extend(range(len(tokens) - chunk.logit_rows, len(tokens)))
+            last = max(last, end - 1)
+        sequences = [resident.slot for resident in residents]
+        width = last // self._page_size + 1
+        return Rows(
+            step.chunks,
+            residents,
+            np.array(tokens, np.int32),
+            np.array(positions, np.int32),
+            np.array(chunk_rows, np.int32),
+            np.array(logit_rows, np.int32),
+            tuple(
+                KVGroupBatch(self._slots(step.chunks, residents, pool), table[sequences, :width])
+                for pool, table in enumerate(self._tables)
+            ),
+        )
 
-    def _group(
-        self, table: np.ndarray, slots: np.ndarray, row_slots: np.ndarray, positions: np.ndarray, width: int
-    ) -> KVGroupBatch:
-        pages, offsets = np.divmod(positions, self._page_size)
-        return KVGroupBatch(table[row_slots, pages].astype(np.int64) * self._page_size + offsets, table[slots, :width])
+    def _slots(self, chunks: tuple[Chunk, ...], residents: list[Resident], pool: int) -> np.ndarray:
+        """int64 [rows]: where each row's key and value go in a pool."""
+        size, slots = self._page_size, []
+        for chunk, resident in zip(chunks, residents, strict=True):
+            pages, position, end = resident.pages[pool], chunk.start, chunk.start + len(chunk.tokens)
+            while position < end:
+                index, offset = divmod(position, size)
+                count = min(end - position, size - offset)
+                first = pages[index] * size + offset
+                slots.extend(range(first, first + count))
+                position += count
+        return np.array(slots, np.int64)
