@@ -7,7 +7,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
@@ -54,12 +53,6 @@ Isa isa_by_name(const std::string& name) {
     std::string known;
     for (const std::string& other : supported_isas()) known += (known.empty() ? "" : ", ") + other;
     throw std::invalid_argument("this machine cannot run the instruction set '" + name + "'; it runs " + known);
-}
-
-// HEADRACE_ISA if it is set, else the widest.
-Isa selected_isa() {
-    const char* wanted = std::getenv("HEADRACE_ISA");
-    return wanted == nullptr || *wanted == 0 ? best_isa() : isa_by_name(wanted);
 }
 
 Format format_by_name(const std::string& name) {
@@ -337,8 +330,7 @@ nb::ndarray<nb::numpy, float> output(const PyTicket& ticket) {
 
 NB_MODULE(_native, m) {
     using namespace headrace;
-    const Isa isa = selected_isa();  // once, at load; a set that the machine lacks makes the import fail
-    m.attr("isa") = isa_name(isa);
+    const Isa isa = best_isa();
     m.attr("supported_isas") = nb::cast(supported_isas());
     m.def("read_bandwidth", [isa](size_t bytes, int threads) {
         nb::gil_scoped_release release;

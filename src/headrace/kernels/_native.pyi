@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-isa: str  # the instruction set that is used unless told otherwise: HEADRACE_ISA, or the widest that runs here
-supported_isas: list[str]  # widest first
+supported_isas: list[str]  # instruction sets that run here, widest first
 
 def read_bandwidth(bytes: int, threads: int) -> float:
     """GB/s of one pass over `bytes` of memory shared out among `threads`: the best of five."""

@@ -21,6 +21,7 @@ was to be chosen, and BROKEN_LOGITS where a logit was NaN or infinite.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +34,10 @@ from ..types import SamplingParams
 from .ops import Array, Batch, KVGroupBatch, RopeTable
 
 try:
-    from . import _native
+    _native: Any = importlib.import_module("headrace.kernels._native")
+    _missing: str | None = None
 except ImportError as error:
-    _native: Any = None
-    _missing: str | None = str(error)
-else:
-    _missing = None
+    _native, _missing = None, str(error)
 
 BROKEN_LOGITS = -2  # in place of a sampled token: the row's logits are not finite
 
@@ -173,7 +172,8 @@ class NativeProgram:
 class NativeOps:
     """The native op set on one pool of threads.
 
-    `per_row` chooses the faster, coarser recipe for products of quantised weights: one scale for a row of activations.
+    `isa` is an instruction set; without it HEADRACE_ISA says which, or it is the widest that runs here. `per_row`
+    chooses the faster, coarser recipe for products of quantised weights: one scale for a row of activations.
     """
 
     default_kv_dtype = "bfloat16"
@@ -183,9 +183,11 @@ class NativeOps:
             raise ConfigError(f"the native kernels are not built here ({_missing}); reinstall with a C++ compiler")
         if threads is None:
             threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.isa = isa or _native.isa
+        self.isa = isa or os.environ.get("HEADRACE_ISA") or _native.supported_isas[0]
         if self.isa not in _native.supported_isas:
-            raise ConfigError(f"isa {self.isa!r} does not run here; choose one of {', '.join(_native.supported_isas)}")
+            raise ConfigError(
+                f"instruction set {self.isa!r} does not run here; choose one of {', '.join(_native.supported_isas)}"
+            )
         self.name = f"native-{self.isa}"
         self.threads, self.per_row = threads, per_row
         self._pool = _native.Pool(threads)
