@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelFileError, UnsupportedModelError
-from .tokenizer import Spelling, TokenizerParts, set_ends
+from .parts import Spelling, TokenizerParts, set_ends
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

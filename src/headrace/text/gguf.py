@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ModelFileError, UnsupportedModelError
-from .tokenizer import TokenizerParts, set_ends
+from .parts import TokenizerParts, set_ends
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from ..errors import RequestError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
-
-Spelling = Literal["byte-level", "sentencepiece"]
+from .folder import read_folder
+from .gguf import read_gguf
+from .parts import TokenizerParts
 
 # Tokens that end a turn or a text in the chat formats in use. A file names one or two of them at most, so a special
 # token spelled like this ends generation even where the file does not say so.
@@ -32,21 +29,6 @@ END_TEXTS = (
     "<turn|>",
     "<EOT>",
 )
-
-
-@dataclass(frozen=True)
-class TokenizerParts:
-    """What a file says of its tokenizer, checked: the readers of `gguf.py` and `folder.py` make it."""
-
-    backend: Backend  # with added tokens and post-processor in place
-    spelling: Spelling  # how a piece spells its bytes
-    strips_first_space: bool  # encoding put a space before the text, so decoding takes it off
-    special_ids: frozenset[int]
-    user_ids: frozenset[int]  # added tokens that are matched whole in any text, and spelled literally
-    byte_ids: Mapping[int, int]  # sentencepiece: token id to the byte that it stands for
-    bos_id: int | None
-    eos_ids: tuple[int, ...]  # named by the file
-    chat_template: str | None
 
 
 class Tokenizer:
@@ -74,15 +56,11 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """From a Hugging Face folder with a tokenizer.json. Raises ModelFileError or UnsupportedModelError."""
-        from .folder import read_folder
-
         return cls(read_folder(Path(path)))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: object = "GGUF metadata") -> Tokenizer:
         """From a GGUF file's metadata; `path` is named in errors. Raises ModelFileError or UnsupportedModelError."""
-        from .gguf import read_gguf
-
         return cls(read_gguf(metadata, path))
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
@@ -156,16 +134,6 @@ class TokenBytes(dict[int, bytes]):
             return bytes([self._byte_level[character] for character in piece])
         except KeyError:  # a piece that is not written in the byte alphabet stands for itself
             return piece.encode()
-
-
-def set_ends(backend: Backend, bos: int | None, eos: int | None) -> None:
-    """Make encoding put `bos` before and `eos` after the text; None puts nothing there."""
-    from tokenizers import processors
-
-    ends = [(name, token) for name, token in (("BOS", bos), ("EOS", eos)) if token is not None]
-    special: list[Any] = [{"id": name, "ids": [token], "tokens": [backend.id_to_token(token)]} for name, token in ends]
-    template = [*(["BOS"] if bos is not None else []), "$A", *(["EOS"] if eos is not None else [])]
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
 
 
 def byte_alphabet() -> dict[str, int]:
