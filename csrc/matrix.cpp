@@ -6,10 +6,13 @@
 
 #include "matrix_layout.h"
 
+// Packing is written for any layout and compiled for each: what takes a Layout is inlined where it is a constant.
+#define HEADRACE_INLINE inline __attribute__((always_inline))
+
 namespace headrace {
 namespace {
 
-float half_to_float(uint16_t h) {
+HEADRACE_INLINE float half_to_float(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
     if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
         const float value = float(mantissa) * 0x1p-24f;
@@ -37,7 +40,7 @@ struct Block {
     uint8_t scale[16], min[16];  // K formats: of each group, or half group
 };
 
-int block_bytes(Format format) {
+constexpr int block_bytes(Format format) {
     switch (format) {
         case Format::F32: return 4;
         case Format::F16: case Format::BF16: return 2;
@@ -57,23 +60,23 @@ int block_bytes(Format format) {
 
 // ---- reading the file's blocks (the GGUF definitions)
 
-void read_nibbles(const uint8_t* q, uint8_t* codes) {
+HEADRACE_INLINE void read_nibbles(const uint8_t* q, uint8_t* codes) {
     for (int j = 0; j < 16; j++) codes[j] = q[j] & 15, codes[j + 16] = q[j] >> 4;
 }
 
-void read_high_bits(const uint8_t* q, uint8_t* codes) {
+HEADRACE_INLINE void read_high_bits(const uint8_t* q, uint8_t* codes) {
     for (int j = 0; j < 32; j++) codes[j] |= (q[j / 8] >> (j % 8) & 1) << 4;
 }
 
 // The 6-bit scales and minima of Q4_K and Q5_K: 12 bytes.
-void read_scales_and_mins(const uint8_t* p, Block& block) {
+HEADRACE_INLINE void read_scales_and_mins(const uint8_t* p, Block& block) {
     for (int j = 0; j < 4; j++) {
         block.scale[j] = p[j] & 63, block.min[j] = p[j + 4] & 63;
         block.scale[j + 4] = (p[j + 8] & 15) | (p[j] >> 6) << 4, block.min[j + 4] = p[j + 8] >> 4 | (p[j + 4] >> 6) << 4;
     }
 }
 
-void read_block(Format format, const uint8_t* p, Block& block) {
+HEADRACE_INLINE void read_block(Format format, const uint8_t* p, Block& block) {
     uint8_t* codes = block.codes;
     switch (format) {
         case Format::Q4_0: case Format::IQ4_NL:
@@ -130,10 +133,10 @@ void read_block(Format format, const uint8_t* p, Block& block) {
 
 // ---- values
 
-float code_value(const Layout& layout, int code) { return float((layout.table ? int(iq4_nl_codes[code]) : code) - layout.offset); }
+HEADRACE_INLINE float code_value(const Layout& layout, int code) { return float((layout.table ? int(iq4_nl_codes[code]) : code) - layout.offset); }
 
 // The scale and minimum of group `group` (of the block), half `half`, as float: exact.
-void group_scale(const Layout& layout, const Block& block, int group, int half, float& d, float& m) {
+HEADRACE_INLINE void group_scale(const Layout& layout, const Block& block, int group, int half, float& d, float& m) {
     const int at = layout.halves ? 2 * group + half : group;
     m = 0;
     switch (layout.scales) {
@@ -152,7 +155,7 @@ void group_scale(const Layout& layout, const Block& block, int group, int half, 
     }
 }
 
-void block_values(const Layout& layout, const Block& block, int groups, float* out) {
+HEADRACE_INLINE void block_values(const Layout& layout, const Block& block, int groups, float* out) {
     for (int group = 0; group < groups; group++)
         for (int half = 0; half < 2; half++) {
             float d, m;
@@ -166,25 +169,31 @@ void block_values(const Layout& layout, const Block& block, int groups, float* o
 
 // ---- one output's part of a superblock, written and read
 
-void place_plane(uint8_t* plane, int bits, int shift, int n, const uint8_t* codes) {
-    if (bits == 0) return;
-    for (int k = 0; k < 32; k++) {
-        const int quad = k / 4, lane = n * 4 + k % 4;
-        plane[quad % bits * 64 + lane] |= uint8_t((codes[k] >> shift & ((1 << bits) - 1)) << quad / bits * bits);
+// Bits [shift, shift + bits) of output n's 32 codes, to and from a plane. The four codes of a quad move as one word.
+HEADRACE_INLINE void place_plane(uint8_t* plane, int bits, int shift, int n, const uint8_t* codes) {
+    const uint32_t mask = 0x01010101u * uint32_t((1 << bits) - 1);
+    for (int quad = 0; bits && quad < 8; quad++) {
+        uint8_t* at = plane + quad % bits * 64 + n * 4;
+        uint32_t word, before;
+        std::memcpy(&word, codes + 4 * quad, 4), std::memcpy(&before, at, 4);
+        word = before | (word >> shift & mask) << quad / bits * bits;
+        std::memcpy(at, &word, 4);
     }
 }
 
-void read_plane(const uint8_t* plane, int bits, int shift, int n, uint8_t* codes) {
-    if (bits == 0) return;
-    for (int k = 0; k < 32; k++) {
-        const int quad = k / 4, lane = n * 4 + k % 4;
-        codes[k] |= uint8_t((plane[quad % bits * 64 + lane] >> quad / bits * bits & ((1 << bits) - 1)) << shift);
+HEADRACE_INLINE void read_plane(const uint8_t* plane, int bits, int shift, int n, uint8_t* codes) {
+    const uint32_t mask = 0x01010101u * uint32_t((1 << bits) - 1);
+    for (int quad = 0; bits && quad < 8; quad++) {
+        uint32_t word, before;
+        std::memcpy(&word, plane + quad % bits * 64 + n * 4, 4), std::memcpy(&before, codes + 4 * quad, 4);
+        word = before | (word >> quad / bits * bits & mask) << shift;
+        std::memcpy(codes + 4 * quad, &word, 4);
     }
 }
 
 // Calls visit(packed byte pointer, block field pointer, bytes) for every scale field of output n, group by group.
 template <class Visit>
-void visit_scales(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block, Visit visit) {
+HEADRACE_INLINE void visit_scales(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block, Visit visit) {
     uint8_t* head = super + layout.scales_at();
     uint8_t* rows = head + layout.head_bytes();
     if (layout.head_bytes()) visit(head + 2 * n, &block.d[0], 2);
@@ -201,7 +210,7 @@ void visit_scales(const Layout& layout, uint8_t* super, int n, int first_group, 
     }
 }
 
-void place_block(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block) {
+HEADRACE_INLINE void place_block(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block) {
     for (int g = 0; g < groups; g++) {
         uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         place_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
@@ -210,7 +219,7 @@ void place_block(const Layout& layout, uint8_t* super, int n, int first_group, i
     visit_scales(layout, super, n, first_group, groups, block, [](void* packed, void* field, int bytes) { std::memcpy(packed, field, size_t(bytes)); });
 }
 
-void read_placed(const Layout& layout, const uint8_t* super, int n, int first_group, int groups, Block& block) {
+HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, int n, int first_group, int groups, Block& block) {
     for (int g = 0; g < groups; g++) {
         const uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         std::memset(block.codes + 32 * g, 0, 32);
@@ -221,19 +230,25 @@ void read_placed(const Layout& layout, const uint8_t* super, int n, int first_gr
                  [](const void* packed, void* field, int bytes) { std::memcpy(field, packed, size_t(bytes)); });
 }
 
-float largest(const Layout& layout, const Block& block, int groups) {
-    float values[256], result = 0;
-    block_values(layout, block, groups, values);
-    for (int k = 0; k < groups * 32; k++) result = std::max(result, std::fabs(values[k]));
+// The largest |value|: a value grows or falls with its code, so the extreme codes of each scale have it.
+HEADRACE_INLINE float largest(const Layout& layout, const Block& block, int groups) {
+    float result = 0;
+    for (int part = 0; part < 2 * groups; part++) {
+        uint8_t low = 255, high = 0;
+        for (int j = 0; j < 16; j++) low = std::min(low, block.codes[16 * part + j]), high = std::max(high, block.codes[16 * part + j]);
+        float d, m;
+        group_scale(layout, block, part / 2, part % 2, d, m);
+        for (const uint8_t code : {low, high}) result = std::max(result, std::fabs(d * code_value(layout, code) + m));
+    }
     return result;
 }
 
 // Where the codes are stored in the file's own order (16 nibbles bytes, or 32 bytes, of a block of 32): dwords move as they are.
-bool dwords_move(Format format) {
+constexpr bool dwords_move(Format format) {
     return format == Format::Q4_0 || format == Format::Q4_1 || format == Format::Q8_0 || format == Format::IQ4_NL;
 }
 
-void place_dwords(const Layout& layout, uint8_t* super, int n, int first_group, const uint8_t* codes) {
+HEADRACE_INLINE void place_dwords(const Layout& layout, uint8_t* super, int n, int first_group, const uint8_t* codes) {
     uint8_t* planes = super + first_group * layout.group_bytes();
     const uint32_t flip = layout.low_bits == 8 ? 0x80808080u : 0;
     for (int i = 0; i < layout.low_bits; i++) {
@@ -244,14 +259,18 @@ void place_dwords(const Layout& layout, uint8_t* super, int n, int first_group, 
     }
 }
 
+// Groups of 32 inputs in a block of the file.
+constexpr int file_groups(const Layout& layout) { return layout.groups == 8 ? 8 : 1; }
+
+template <Format format>
 void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile) {
-    const Layout layout = layout_of(matrix.format);
+    constexpr Layout layout = layout_of(format);
     uint8_t* packed = matrix.data + size_t(tile) * matrix.tile_bytes;
     std::memset(packed, 0, matrix.tile_bytes);
-    const size_t source_bytes = source_row_bytes(matrix.format, matrix.cols);
-    const int block_size = int(block_cols(matrix.format)), step = block_bytes(matrix.format), groups = block_size / 32;
+    const size_t source_bytes = source_row_bytes(format, matrix.cols);
+    constexpr int step = block_bytes(format), groups = file_groups(layout);
     const int count = int(std::min<int64_t>(tile_rows, matrix.rows - tile * tile_rows));
-    const bool direct = dwords_move(matrix.format);
+    constexpr bool direct = dwords_move(format);
     Block block;
     for (int n = 0; n < count; n++) {
         const int64_t row = tile * tile_rows + n;
@@ -260,9 +279,9 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
         for (int64_t g = 0; g < matrix.cols / 32; g += groups, p += step) {
             uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
             const int first = int(g % layout.groups);
-            read_block(matrix.format, p, block);
+            read_block(format, p, block);
             most = std::max(most, largest(layout, block, groups));
-            if (direct) {
+            if constexpr (direct) {
                 place_dwords(layout, super, n, first, p + step - 4 * layout.low_bits);
                 visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
             } else {
@@ -306,7 +325,7 @@ const char* format_name(Format format) {
 
 int64_t block_cols(Format format) {
     if (is_float(format)) return 1;
-    return layout_of(format).groups == 8 ? 256 : 32;
+    return 32 * file_groups(layout_of(format));
 }
 
 size_t source_row_bytes(Format format, int64_t cols) { return size_t(cols / block_cols(format)) * size_t(block_bytes(format)); }
@@ -323,31 +342,59 @@ PackedMatrix packed_matrix(Format format, int64_t rows, int64_t cols, void* data
     return {format, rows, cols, static_cast<uint8_t*>(data), tile_size(format, cols)};
 }
 
+namespace {
+
+// Calls f.operator()<format>() for a quantised format.
+template <class F>
+void with_format(Format format, F&& f) {
+    switch (format) {
+        case Format::Q4_0: return f.template operator()<Format::Q4_0>();
+        case Format::Q4_1: return f.template operator()<Format::Q4_1>();
+        case Format::Q5_0: return f.template operator()<Format::Q5_0>();
+        case Format::Q5_1: return f.template operator()<Format::Q5_1>();
+        case Format::Q8_0: return f.template operator()<Format::Q8_0>();
+        case Format::Q2_K: return f.template operator()<Format::Q2_K>();
+        case Format::Q3_K: return f.template operator()<Format::Q3_K>();
+        case Format::Q4_K: return f.template operator()<Format::Q4_K>();
+        case Format::Q5_K: return f.template operator()<Format::Q5_K>();
+        case Format::Q6_K: return f.template operator()<Format::Q6_K>();
+        case Format::IQ4_NL: return f.template operator()<Format::IQ4_NL>();
+        default: return;
+    }
+}
+
+void unpack_float_row(const PackedMatrix& matrix, const uint8_t* packed, int n, float* out) {
+    for (int64_t k = 0; k < matrix.cols; k++) {
+        const int64_t at = matrix.format == Format::BF16 ? (k / 2 * tile_rows + n) * 2 + k % 2 : k * tile_rows + n;
+        if (matrix.format == Format::F32) std::memcpy(out + k, packed + 4 * at, 4);
+        else if (matrix.format == Format::F16) out[k] = half_to_float(load16(packed + 2 * at));
+        else out[k] = bfloat_to_float(load16(packed + 2 * at));
+    }
+}
+
+}  // namespace
+
 void pack(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile0, int64_t tile1) {
-    for (int64_t tile = tile0; tile < tile1; tile++)
-        (is_float(matrix.format) ? pack_float_tile : pack_tile)(matrix, source, row_order, tile);
+    for (int64_t tile = tile0; tile < tile1; tile++) {
+        if (is_float(matrix.format)) pack_float_tile(matrix, source, row_order, tile);
+        else with_format(matrix.format, [&]<Format format>() { pack_tile<format>(matrix, source, row_order, tile); });
+    }
 }
 
 void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
     const uint8_t* packed = matrix.data + size_t(row / tile_rows) * matrix.tile_bytes;
     const int n = int(row % tile_rows);
-    if (is_float(matrix.format)) {
-        for (int64_t k = 0; k < matrix.cols; k++) {
-            const int64_t at = matrix.format == Format::BF16 ? (k / 2 * tile_rows + n) * 2 + k % 2 : k * tile_rows + n;
-            if (matrix.format == Format::F32) std::memcpy(out + k, packed + 4 * at, 4);
-            else if (matrix.format == Format::F16) out[k] = half_to_float(load16(packed + 2 * at));
-            else out[k] = bfloat_to_float(load16(packed + 2 * at));
+    if (is_float(matrix.format)) return unpack_float_row(matrix, packed, n, out);
+    with_format(matrix.format, [&]<Format format>() {
+        constexpr Layout layout = layout_of(format);
+        constexpr int groups = file_groups(layout);
+        Block block;
+        for (int64_t g = 0; g < matrix.cols / 32; g += groups) {
+            const uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
+            read_placed(layout, super, n, int(g % layout.groups), groups, block);
+            block_values(layout, block, groups, out + 32 * g);
         }
-        return;
-    }
-    const Layout layout = layout_of(matrix.format);
-    const int groups = int(block_cols(matrix.format) / 32);
-    Block block;
-    for (int64_t g = 0; g < matrix.cols / 32; g += groups) {
-        const uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
-        read_placed(layout, super, n, int(g % layout.groups), groups, block);
-        block_values(layout, block, groups, out + 32 * g);
-    }
+    });
 }
 
 namespace {
