@@ -641,8 +641,8 @@ inline void quantise_group_row(const Activation& a, int64_t row, const float* x)
         std::memcpy(&scale, &bits, 4);
         const Floats inverse = all(1 / scale), most = all(127), least = all(-127);
         const Ints low_codes = round_to_ints(min(max(low * inverse, least), most)), high_codes = round_to_ints(min(max(high * inverse, least), most));
-        store_low_bytes(block->codes, low_codes), store_low_bytes(block->codes + 16, high_codes);
-        const int32_t low_total = sum(low_codes), total = low_total + sum(high_codes);
+        const auto [low_total, high_total] = store_and_sum(block->codes, low_codes, high_codes);
+        const int32_t total = low_total + high_total;
         block->scale = scale, block->sum = scale * float(total), block->minus8 = -8 * total, block->minus8_low = -8 * low_total;
     }
 }

@@ -2,6 +2,8 @@
 // that is fused everywhere. The including file sets HEADRACE_ISA.
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 namespace headrace::HEADRACE_ISA {
@@ -51,6 +53,14 @@ inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline void store_low_bytes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+// Stores the low bytes of a and b one after the other and gives the sums of a and of b, whose lanes fit in int8.
+inline std::pair<int32_t, int32_t> store_and_sum(int8_t* p, Ints a, Ints b) {
+    const __m128i a8 = _mm512_cvtepi32_epi8(a.v), b8 = _mm512_cvtepi32_epi8(b.v), ones = _mm_set1_epi8(1);
+    _mm_storeu_si128((__m128i*)p, a8), _mm_storeu_si128((__m128i*)(p + 16), b8);
+    const __m128i four = _mm_hadd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, a8), _mm_dpbusd_epi32(_mm_setzero_si128(), ones, b8));
+    const int64_t both = _mm_cvtsi128_si64(_mm_hadd_epi32(four, four));
+    return {int32_t(both), int32_t(both >> 32)};
+}
 
 #elif defined(__AVX2__)
 
@@ -192,6 +202,13 @@ inline int32_t sum(Ints x) {
     return total;
 }
 
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline std::pair<int32_t, int32_t> store_and_sum(int8_t* p, Ints a, Ints b) {
+    store_low_bytes(p, a), store_low_bytes(p + 16, b);
+    return {sum(a), sum(b)};
+}
 #endif
 
 }  // namespace headrace::HEADRACE_ISA

@@ -30,8 +30,8 @@ class LLM:
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         opened = open_model(str(model))
         self.spec = opened.spec
-        self.tokenizer = opened.tokenizer()
         self.engine, self.config = build_engine(opened, Settings(**settings))
+        self.tokenizer = opened.tokenizer()  # while native threads still pack the weights
         self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         self._live: dict[str, Completion] = {}
         self._deltas: dict[str, list[Delta]] = {}

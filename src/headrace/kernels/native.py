@@ -205,9 +205,11 @@ class NativeOps:
         return weight
 
     def finish_packing(self) -> None:
-        """Wait until all tensors are packed; after this the file is not read any more."""
-        self._pool.wait()
-        self._sources.clear()
+        """Wait until all tensors are packed; after this the file is not read any more. Steps that are queued before come
+        after the packing anyway, so this only lets go of the file."""
+        if self._sources:
+            self._pool.wait()
+            self._sources.clear()
 
     def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> np.ndarray:
         values = np.array(tensor.decode(), np.float32)
@@ -233,7 +235,6 @@ class NativeOps:
         `hidden` is the width of `batch.hidden`, for a range that does not start at layer 0. A model that ends in a
         product of `logit_rows` rows gets sampling; any other gives back its output.
         """
-        self.finish_packing()
         batch = Batch(
             tokens=Value(0),
             positions=Value(0),

@@ -76,22 +76,19 @@ class _Vocabulary:
 
     def __init__(self, metadata: Mapping[str, Any], path: object) -> None:
         self.metadata, self.path = metadata, path
-        self.pieces: list[str] = self.array("tokens") or []
+        self.pieces: list[str] = self.array("tokens", str) or []
         if not self.pieces or len(self.pieces) > MAX_VOCAB:
             raise self.error("tokens", f"holds {len(self.pieces)} tokens; 1 to {MAX_VOCAB} are supported")
-        try:
-            longest = max(map(len, self.pieces))
-            self.ids: dict[str, int] = {piece: i for i, piece in enumerate(self.pieces)}
-        except TypeError:
-            raise self.error("tokens", "is not an array of strings") from None
+        longest = max(map(len, self.pieces))
+        self.ids: dict[str, int] = {piece: i for i, piece in enumerate(self.pieces)}
         if longest > MAX_PIECE_CHARS:
             raise self.error("tokens", f"has a token of {longest} characters; at most {MAX_PIECE_CHARS} are supported")
         if len(self.ids) != len(self.pieces):
             again = next(i for i, piece in enumerate(self.pieces) if self.ids[piece] != i)
             first, last = again, self.ids[self.pieces[again]]
             raise self.error("tokens", f"token {first} and token {last} are both {self.pieces[again]!r:.80}")
-        self.types: list[int] = self.array("token_type") or []
-        self.scores: list[float] = self.array("scores") or []
+        self.types: list[int] = self.array("token_type", int) or []
+        self.scores: list[float] = self.array("scores", float) or []
         for name, values in (("token_type", self.types), ("scores", self.scores)):
             if values and len(values) != len(self.pieces):
                 raise self.error(name, f"has {len(values)} entries for {len(self.pieces)} tokens")
@@ -103,12 +100,15 @@ class _Vocabulary:
     def error(self, field: str, problem: str) -> ModelFileError:
         return ModelFileError(self.path, f"tokenizer.ggml.{field}", problem)
 
-    def array(self, name: str) -> list[Any] | None:
+    def array(self, name: str, kind: type) -> list[Any] | None:
+        """The values, each of type `kind`; None where there is no such field."""
         values = self.metadata.get(f"tokenizer.ggml.{name}")
         if hasattr(values, "tolist"):
             values = values.tolist()  # type: ignore[union-attr]
         if values is not None and (not isinstance(values, Sequence) or isinstance(values, (str, bytes))):
             raise self.error(name, f"is {type(values).__name__}, not an array")
+        if values is not None and not set(map(type, values)) <= {kind}:
+            raise self.error(name, f"is not an array of {kind.__name__} only")
         return values if values is None or isinstance(values, list) else list(values)
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -119,7 +119,7 @@ class _Vocabulary:
 
     def special_id(self, name: str) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
-        if value is not None and not (isinstance(value, int) and 0 <= value < len(self.pieces)):
+        if value is not None and not (type(value) is int and 0 <= value < len(self.pieces)):
             raise self.error(name, f"is {value!r:.80}; the vocabulary has ids 0 to {len(self.pieces) - 1}")
         return value
 
@@ -129,7 +129,7 @@ class _Vocabulary:
 
 def _pre_tokenizer(metadata: Mapping[str, Any], path: object) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise UnsupportedModelError(
             f"{path}: tokenizer.ggml.pre is {name!r:.80}; supported are {', '.join(sorted(PRE_TOKENIZERS))}"
         )
@@ -152,11 +152,8 @@ def _byte_level(vocab: _Vocabulary, pre: PreTokenizer) -> Backend:
 
 
 def _listed_merges(vocab: _Vocabulary) -> list[tuple[str, str]]:
-    lines = vocab.array("merges") or []
-    try:
-        spaces = list(map(str.count, lines, repeat(" ")))
-    except TypeError:
-        raise vocab.error("merges", "is not an array of strings") from None
+    lines = vocab.array("merges", str) or []
+    spaces = list(map(str.count, lines, repeat(" ")))
     if spaces.count(1) != len(lines):
         bad = next(i for i, count in enumerate(spaces) if count != 1)
         raise vocab.error("merges", f"merge {bad} is {lines[bad]!r:.80}: not two tokens with one space between")

@@ -46,6 +46,7 @@ class NativeRunner:
         self._open: deque[_Queued] = deque()  # queued steps whose tokens have not been noted yet
 
     def submit(self, step: Step) -> _Queued:
+        self._ops.finish_packing()
         self._residents.update(step)
         for transfer in step.transfers:
             self._ops.copy_page(self._caches[transfer.pool], transfer.source, transfer.target)
