@@ -105,8 +105,7 @@ class AsyncLLM:
         """`chat`, piece by piece."""
         return self._stream(self._ready().chat_ids(messages), params or SamplingParams(), options)
 
-    # -- how
-    # ----------------------------------------------------------------------------------------------------------------
+    # How
 
     def _ready(self) -> Frontend:
         if self._death or self._frontend is None:

@@ -36,8 +36,7 @@ class LLM:
         self._live: dict[str, Completion] = {}
         self._deltas: dict[str, list[Delta]] = {}
 
-    # -- doors
-    # ------------------------------------------------------------------------------------------------------------
+    # Doors
 
     def generate(
         self,
@@ -99,8 +98,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    # -- how
-    # ----------------------------------------------------------------------------------------------------------------
+    # How
 
     def _start(self, prompt_ids: list[int], params: SamplingParams, *, kind: Kind = "generate", **options: Any) -> str:
         requests = self._frontend.requests(prompt_ids, params, kind=kind, **options)

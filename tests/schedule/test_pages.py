@@ -35,7 +35,8 @@ class PagesMachine(RuleBasedStateMachine):
     def open(self, tokens: list[int]) -> None:
         keys = PrefixKeys(PAGE, "").extend(tokens, (len(tokens) - 1) // PAGE)
         path = Path([self.pages])
-        tables, matched = path.open(keys)
+        matched = path.match(keys)
+        tables = path.open(keys[:matched])
         for index in range(matched):
             assert self.content[tables[0].pages[index]] == tuple(tokens[: (index + 1) * PAGE]), (
                 "a hit has the prefix's content"
@@ -72,7 +73,7 @@ class PagesMachine(RuleBasedStateMachine):
         if not tokens:
             return
         length = data.draw(st.integers(1, len(tokens)))
-        if not self.pages.can_fork(parent, length):
+        if not self.pages.can_fork(parent, length, length):
             return
         table = PageTable()
         copied = self.pages.fork(parent, table, length)
@@ -137,13 +138,14 @@ def test_a_window_gives_pages_back_and_still_matches() -> None:
     pages.check([table])
     pages.grow(PageTable(), 4 * (pages.available - 3))  # evicts nothing that is published and needed
     path = Path([pages])
-    tables, matched = path.open(keys)
+    matched = path.match(keys)
+    tables = path.open(keys)
     assert matched == 6 and tables[0].pages[:4] == [TRASH] * 4 and tables[0].pages[4:] == table.pages[4:]
 
 
 def test_a_path_grows_in_every_pool_or_in_none() -> None:
     path = Path([Pages(10, PAGE), Pages(3, PAGE)])
-    tables, _ = path.open([])
+    tables = path.open([])
     assert path.grow(tables, 2 * PAGE) == ((1, 2), (1, 2))
     assert path.grow(tables, 3 * PAGE) is None and [len(table.pages) for table in tables] == [2, 2]
     assert path.capacity == 2 * PAGE

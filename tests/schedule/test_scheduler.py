@@ -61,6 +61,7 @@ class Worker:
 
     def lose(self) -> None:
         self.memory = [{} for _ in self.windows]
+        self.residents.clear()
 
     def run(self, step: Step) -> StepResult:
         self.residents.update(step)

@@ -91,9 +91,15 @@ class Pages:
                 table.pages.append(self._by_key[key])
         table.slid = min(first, len(keys))
 
-    def can_fork(self, parent: PageTable, tokens: int) -> bool:
-        """Whether the parent still holds what a row at `tokens` sees, and a page for the copy is there."""
-        return parent.slid <= self._first_needed(tokens) and (tokens % self.page_size == 0 or self.available > 0)
+    def fits(self, keys: Sequence[bytes], tokens: int) -> bool:
+        """Whether a sequence of `tokens` fits behind these published pages, of which adopting takes the idle ones."""
+        idle = sum(self._by_key[key] in self._idle for key in keys[self._first_needed(len(keys) * self.page_size) :])
+        return self.pages_for(tokens) - len(keys) <= self.available - idle
+
+    def can_fork(self, parent: PageTable, shared: int, tokens: int) -> bool:
+        """Whether the parent still holds what a row at `shared` sees, and a sequence of `tokens` fits behind it."""
+        held = parent.slid <= self._first_needed(shared)
+        return held and self.pages_for(tokens) - shared // self.page_size <= self.available
 
     def fork(self, parent: PageTable, table: PageTable, tokens: int) -> tuple[int, int] | None:
         """Give `table` the parent's first `tokens` positions: full pages shared, a partial last page copied at
@@ -206,40 +212,40 @@ class Path:
         """Tokens of one sequence that fit when it is alone."""
         return min((pool.count - 1) * pool.page_size for pool in self.pools)
 
-    def open(self, keys: Sequence[bytes]) -> tuple[Tables, int]:
-        """New tables that hold the longest usable published prefix of the chain, and its length in pages."""
+    def match(self, keys: Sequence[bytes]) -> int:
+        """How many pages of a chain, from its start, a sequence could adopt in every pool."""
         present = [pool.match(keys) for pool in self.pools]
-        matched = self.matched(present, len(keys))
-        tables = tuple(PageTable() for _ in self.pools)
-        for pool, table in zip(self.pools, tables, strict=True):
-            pool.adopt(table, keys[:matched])
-        return tables, matched
-
-    def matched(self, present: Sequence[Sequence[bool]], limit: int) -> int:
-        for pages in range(limit, 0, -1):
+        for pages in range(len(keys), 0, -1):
             if all(pool.usable(found, pages) for pool, found in zip(self.pools, present, strict=True)):
                 return pages
         return 0
 
-    def fits(self, tables: Tables, tokens: int) -> bool:
-        return all(
-            pool.missing(table, tokens) <= pool.available for pool, table in zip(self.pools, tables, strict=True)
-        )
+    def fits(self, keys: Sequence[bytes], tokens: int) -> bool:
+        """Whether a sequence of `tokens` fits behind the published pages `keys`."""
+        return all(pool.fits(keys, tokens) for pool in self.pools)
+
+    def open(self, keys: Sequence[bytes]) -> Tables:
+        """New tables that hold the published pages `keys`, which `match` has found."""
+        tables = tuple(PageTable() for _ in self.pools)
+        for pool, table in zip(self.pools, tables, strict=True):
+            pool.adopt(table, keys)
+        return tables
 
     def grow(self, tables: Tables, tokens: int) -> tuple[tuple[int, ...], ...] | None:
         """Cover `tokens` positions in every pool; the new pages of each. None, and nothing has changed, where one
         is full."""
-        if not self.fits(tables, tokens):
+        if any(pool.missing(table, tokens) > pool.available for pool, table in zip(self.pools, tables, strict=True)):
             return None
         return tuple(pool.grow(table, tokens) or () for pool, table in zip(self.pools, tables, strict=True))
 
-    def fork(self, parent: Tables, tokens: int) -> tuple[Tables, tuple[Transfer, ...]] | None:
-        """Tables that share the parent's first `tokens` positions, and the copies to make. None where that cannot
-        be done now."""
-        if not all(pool.can_fork(table, tokens) for pool, table in zip(self.pools, parent, strict=True)):
-            return None
+    def can_fork(self, parent: Tables, shared: int, tokens: int) -> bool:
+        """Whether a sequence of `tokens` can share the parent's first `shared` positions now."""
+        return all(pool.can_fork(table, shared, tokens) for pool, table in zip(self.pools, parent, strict=True))
+
+    def fork(self, parent: Tables, shared: int) -> tuple[Tables, tuple[Transfer, ...]]:
+        """Tables that share the parent's first `shared` positions, and the copies to make."""
         tables = tuple(PageTable() for _ in self.pools)
-        copies = [pool.fork(old, new, tokens) for pool, old, new in zip(self.pools, parent, tables, strict=True)]
+        copies = [pool.fork(old, new, shared) for pool, old, new in zip(self.pools, parent, tables, strict=True)]
         return tables, tuple(Transfer(index, *copy) for index, copy in enumerate(copies) if copy)
 
     def publish(self, tables: Tables, index: int, key: bytes) -> None:

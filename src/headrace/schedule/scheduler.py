@@ -47,13 +47,13 @@ class Scheduler:
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._residences: dict[int, Residence] = {}
         self._in_flight: dict[int, Step] = {}
-        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._deadlines: list[tuple[float, int, tuple[str, int]]] = []  # deadline, order, request id and sample
+        self._batch_open = False  # static policy: nothing of the batch has ended yet
         self._draining = 0  # closed residences whose pages wait for steps in flight
         self._dropped: list[int] = []  # handles that the workers may forget
         self._next_step = self._next_handle = self._next_order = 0
 
-    # -- what the engine calls
-    # ------------------------------------------------------------------------------------------
+    # What the engine calls
 
     def add(self, request: Request) -> None:
         """Queue a sequence. RequestError where it is malformed, CapacityError where it can never fit."""
@@ -64,7 +64,8 @@ class Scheduler:
             )
         if not request.prompt_ids:
             raise RequestError("the prompt has no tokens; give at least one")
-        limit = self.max_context - (1 if request.kind == "generate" else 0)
+        # A generated sequence's last token needs no key and value; a prompt's tokens all do.
+        limit = min(self.max_context - (request.kind == "generate"), self.path.capacity)
         if len(request.prompt_ids) > limit:
             raise CapacityError(
                 f"the prompt has {len(request.prompt_ids)} tokens; at most {limit} fit a context of "
@@ -77,7 +78,8 @@ class Scheduler:
         self._sequences[key] = sequence
         insort(self._waiting, (sequence.rank, sequence))
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, sequence.arrival_order, sequence))
+            heapq.heappush(self._deadlines, (request.deadline, sequence.arrival_order, key))
+            self._forget_deadlines()
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run before a step in flight is applied."""
@@ -127,32 +129,51 @@ class Scheduler:
 
     def revoke_pools(self) -> None:
         """The pools' memory is lost: every step in flight is revoked, every running sequence starts again, nothing
-        stays published."""
+        stays published. Workers are taken to have forgotten everything."""
         for number in list(self._in_flight):
             self.revoke(number)
         for _, sequence in list(self._running):
             self._requeue(sequence)
+        self._dropped.clear()
         self.path.forget()
 
+    def fail(self, number: int, message: str, now: float) -> list[Event]:
+        """A step broke: its sequences end with an error, all others start again, as after `revoke_pools`."""
+        residences = [self._residences[chunk.seq] for chunk in self._in_flight[number].chunks]
+        events = [self._finish(one.sequence, "error", now, message) for one in residences if not one.closed]
+        self.revoke_pools()
+        return events
+
     def finish(
-        self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled"
+        self,
+        request_id: str,
+        sample_index: int | None = None,
+        reason: FinishReason = "cancelled",
+        now: float = 0.0,
     ) -> list[Event]:
         """End sequences of a request at once (all samples where no index is given); nothing more is scheduled for
-        them."""
+        them. `now` is for their timings."""
         if sample_index is not None:
             found = [self._sequences.get((request_id, sample_index))]
         else:
             found = [sequence for (rid, _), sequence in self._sequences.items() if rid == request_id]
-        return [self._finish(sequence, reason) for sequence in found if sequence]
+        return [self._finish(sequence, reason, now) for sequence in found if sequence]
 
     def expire(self, now: float) -> list[Event]:
         """End the sequences whose deadline has passed."""
         events = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            sequence = heapq.heappop(self._deadlines)[2]
-            if not sequence.finished:
-                events.append(self._finish(sequence, "deadline"))
+            _, order, key = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(key)
+            if sequence and sequence.arrival_order == order:
+                events.append(self._finish(sequence, "deadline", now))
         return events
+
+    def _forget_deadlines(self) -> None:
+        """Drop those of finished sequences once they are most of the heap."""
+        if len(self._deadlines) > 64 + 2 * len(self._sequences):
+            self._deadlines = [entry for entry in self._deadlines if entry[2] in self._sequences]
+            heapq.heapify(self._deadlines)
 
     @property
     def unfinished(self) -> int:
@@ -178,8 +199,7 @@ class Scheduler:
         for _, sequence in self._running:
             assert 0 <= sequence.computed <= sequence.scheduled <= sequence.length <= sequence.max_length
 
-    # -- planning
-    # -------------------------------------------------------------------------------------------------------
+    # Planning
 
     def _plan_running(self, draft: _Draft) -> bool:
         """Decodes first, then whoever has more to catch up with, each in order of rank. True if a sequence was
@@ -201,7 +221,7 @@ class Scheduler:
         residence = sequence.residence
         if residence is None:
             return  # preempted a moment ago
-        count = self._count(draft, sequence, todo)
+        count = self._count(draft, sequence, sequence.scheduled, todo)
         if count <= 0:
             return
         while (new_pages := residence.path.grow(residence.tables, sequence.scheduled + count)) is None:
@@ -211,14 +231,14 @@ class Scheduler:
             self._requeue(victim)
         self._put(draft, residence, count, new_pages)
 
-    def _count(self, draft: _Draft, sequence: Sequence, todo: int) -> int:
-        """How many tokens the budgets allow."""
+    def _count(self, draft: _Draft, sequence: Sequence, start: int, todo: int) -> int:
+        """How many of `todo` tokens from `start` on the budgets allow."""
         count = min(todo, draft.rows)
         if draft.logit_rows < 1:
             return 0
-        if sequence.scores and sequence.scheduled < sequence.prompt_length:
+        if sequence.scores and start < sequence.prompt_length:
             # Rows already delivered before a preemption need no logits again.
-            count = min(count, max(0, sequence.scored - sequence.scheduled) + draft.logit_rows)
+            count = min(count, max(0, sequence.scored - start) + draft.logit_rows)
         return count
 
     def _put(self, draft: _Draft, residence: Residence, count: int, new_pages: tuple[tuple[int, ...], ...]) -> None:
@@ -254,36 +274,39 @@ class Scheduler:
         return None
 
     def _plan_waiting(self, draft: _Draft, now: float) -> None:
-        if self.config.policy == "static" and self._running:
+        if self.config.policy == "static" and not self._may_join():
             return
-        skipped = 0  # siblings that wait for the first sample's prompt
-        while skipped < len(self._waiting) and len(self._running) < self.config.max_sequences and draft.rows > 0:
-            index = self._choose(skipped)
-            sequence = self._waiting[index][1]
-            parent = self._sibling(sequence)
-            if parent and parent.computed < sequence.prompt_length:
-                skipped += 1
-                continue
-            if not self._admit(draft, sequence, parent, now):
+        while len(self._running) < self.config.max_sequences and draft.rows > 0 and (ready := self._ready()):
+            first, chosen = ready[0], self._choose(ready)
+            if not self._admit(draft, self._waiting[chosen][1], now):
                 return
-            del self._waiting[index]
+            if chosen != first:
+                self._waiting[first][1].passed_over += 1
+            del self._waiting[chosen]
+        self._batch_open = bool(self._waiting)
 
-    def _choose(self, first: int) -> int:
-        """Index of the waiting sequence to admit next."""
-        if self.config.policy != "longest-prefix" or self._waiting[first][1].passed_over >= LOOK_AHEAD:
-            return first
-        priority = self._waiting[first][0][0]
-        candidates = [
-            i for i in range(first, min(first + LOOK_AHEAD, len(self._waiting))) if self._waiting[i][0][0] == priority
-        ]
-        best = max(candidates, key=lambda i: (self._cached_pages(self._waiting[i][1]), -i))
-        if best != first:
-            self._waiting[first][1].passed_over += 1
-        return best
+    def _may_join(self) -> bool:
+        """Static policy: a batch takes members, over several steps, until the queue is empty or one of them ends."""
+        self._batch_open = self._batch_open or not self._running
+        return self._batch_open
 
-    def _cached_pages(self, sequence: Sequence) -> int:
-        keys = self._prefix_keys(sequence)
-        return self.path.matched([pool.match(keys) for pool in self.path.pools], len(keys))
+    def _ready(self) -> list[int]:
+        """Indices of the next waiting sequences that could start: siblings wait for the first sample's prompt."""
+        most = LOOK_AHEAD if self.config.policy == "longest-prefix" else 1
+        ready: list[int] = []
+        for index, (rank, sequence) in enumerate(self._waiting):
+            if len(ready) == most or (ready and rank[0] != self._waiting[ready[0]][0][0]):
+                break
+            parent = self._sibling(sequence)
+            if parent is None or parent.computed >= sequence.prompt_length:
+                ready.append(index)
+        return ready
+
+    def _choose(self, ready: list[int]) -> int:
+        """Index of the waiting sequence to admit next: the first, or the one with the longest cached prefix."""
+        if len(ready) == 1 or self._waiting[ready[0]][1].passed_over >= LOOK_AHEAD:
+            return ready[0]
+        return max(ready, key=lambda i: (self.path.match(self._prefix_keys(self._waiting[i][1])), -i))
 
     def _prefix_keys(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that may be taken from the cache: never all tokens, for the last one's logits are
@@ -295,42 +318,38 @@ class Scheduler:
 
     def _sibling(self, sequence: Sequence) -> Sequence | None:
         """The running first sample of the same request, whose prompt this one may share."""
-        if (
-            not sequence.request.sample_index
-            or sequence.preemptions
-            or sequence.scores
-            or self.config.policy == "static"
-        ):
+        if not sequence.request.sample_index or sequence.preemptions or self.config.policy == "static":
             return None
         first = self._sequences.get((sequence.request.id, 0))
         return first if first and first.residence and first.request.prompt_ids == sequence.request.prompt_ids else None
 
-    def _admit(self, draft: _Draft, sequence: Sequence, parent: Sequence | None, now: float) -> bool:
+    def _admit(self, draft: _Draft, sequence: Sequence, now: float) -> bool:
         """Give a waiting sequence a residence and its first chunk. False, and nothing has changed, where it does
         not fit now."""
-        path = self.path
-        forked = path.fork(parent.residence.tables, sequence.prompt_length - 1) if parent and parent.residence else None
-        if forked:
-            tables, transfers = forked
-            cached = sequence.prompt_length - 1
+        path, tokens = self.path, len(sequence.tokens)
+        parent = self._sibling(sequence)
+        shared = sequence.prompt_length - 1
+        forks = parent and parent.residence and path.can_fork(parent.residence.tables, shared, tokens)
+        keys = self._prefix_keys(sequence)
+        keys = [] if forks else keys[: path.match(keys)]
+        cached = shared if forks else len(keys) * path.page_size
+        count = self._count(draft, sequence, cached, tokens - cached)
+        # Admitted only where all its tokens fit now, though pages are taken chunk by chunk: fewer preemptions.
+        if count <= 0 or not (forks or path.fits(keys, tokens)):
+            return False
+        if parent and parent.residence and forks:
+            tables, transfers = path.fork(parent.residence.tables, shared)
         else:
-            tables, matched = path.open(self._prefix_keys(sequence))
-            cached, transfers = matched * path.page_size, ()
+            tables, transfers = path.open(keys), ()
         adopted = tuple(tuple(table.pages) for table in tables)
         sequence.scheduled = cached
-        count = self._count(draft, sequence, len(sequence.tokens) - cached)
-        # Admitted only where all its tokens fit now, though pages are taken chunk by chunk: fewer preemptions.
-        if count <= 0 or not path.fits(tables, len(sequence.tokens)):
-            path.release(tables)
-            sequence.scheduled = 0
-            return False
         grown = path.grow(tables, cached + count)
         assert grown is not None
         residence = Residence(self._next_handle, sequence, path, tables)
         self._next_handle += 1
         self._residences[residence.handle] = residence
         sequence.residence = residence
-        sequence.computed, sequence.published = cached, 0 if forked else cached // path.page_size
+        sequence.computed, sequence.published = cached, len(keys)
         if not sequence.admitted:
             sequence.admitted, sequence.cached_tokens = now, cached
         insort(self._running, (sequence.rank, sequence))
@@ -339,14 +358,13 @@ class Scheduler:
         self._put(draft, residence, count, tuple(a + g for a, g in zip(adopted, grown, strict=True)))
         return True
 
-    # -- applying
-    # -------------------------------------------------------------------------------------------------------
+    # Applying
 
     def _advance(self, residence: Residence, chunk: Chunk, result: StepResult, index: int, now: float) -> Event | None:
         sequence = residence.sequence
         extras = result.extras.get(index) if result.extras else None
         if extras is not None and extras.error is not None:
-            return self._finish(sequence, "error", extras.error)
+            return self._finish(sequence, "error", now, extras.error)
         sequence.computed = end = chunk.start + len(chunk.tokens)
         if sequence.scores and chunk.start < sequence.prompt_length:
             sequence.scored = max(sequence.scored, min(end, sequence.prompt_length))
@@ -380,7 +398,7 @@ class Scheduler:
             extras.logits if extras else None,
             reason,
             None,
-            sequence.timings() if reason else None,
+            sequence.timings(now) if reason else None,
         )
 
     def _publish(self, residence: Residence) -> None:
@@ -394,7 +412,7 @@ class Scheduler:
             sequence.published = full
         residence.path.slide(residence.tables, sequence.computed)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Event:
+    def _finish(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> Event:
         if sequence.residence is None:
             del self._waiting[bisect_left(self._waiting, sequence.rank, key=itemgetter(0))]
         self._close(sequence)
@@ -403,12 +421,11 @@ class Scheduler:
             sequence.request.sample_index,
             finish_reason=reason,
             error=error,
-            timings=sequence.timings(),
+            timings=sequence.timings(now),
         )
 
     def _close(self, sequence: Sequence) -> None:
         """Forget a finished sequence."""
-        sequence.finished = True
         del self._sequences[sequence.request.id, sequence.request.sample_index]
         if sequence.residence is not None:
             self._leave(sequence)
@@ -425,6 +442,7 @@ class Scheduler:
         """Close the sequence's residence; its pages come free now, or with the last step in flight that names them."""
         residence = sequence.residence
         assert residence is not None
+        self._batch_open = False
         sequence.residence = None
         del self._running[bisect_left(self._running, sequence.rank, key=itemgetter(0))]
         self._dropped.append(residence.handle)

@@ -25,7 +25,6 @@ class Sequence:
         "arrival_order",
         "cached_tokens",
         "computed",
-        "finished",
         "first_token",
         "keys",
         "last_sampler",
@@ -53,7 +52,6 @@ class Sequence:
         self.pending = 0  # tokens that steps in flight will sample
         self.last_sampler = -1  # the last step planned to sample for it
         self.scored = 0  # prompt positions whose logits have been delivered
-        self.finished = False
         self.passed_over = self.preemptions = self.cached_tokens = 0
         self.admitted = self.first_token = self.last_token = 0.0
 
@@ -80,14 +78,17 @@ class Sequence:
 
     @property
     def scores(self) -> bool:
-        """Whether the logits of prompt positions are asked for."""
-        return self.request.kind == "score" or self.request.params.prompt_logprobs is not None
+        """Whether the logits of prompt positions are asked for. Of several samples, the first reports the prompt's."""
+        asked = self.request.params.prompt_logprobs is not None and self.request.sample_index == 0
+        return asked or self.request.kind == "score"
 
-    def timings(self) -> Timings:
+    def timings(self, now: float) -> Timings:
+        """Where the time went until `now`, at which the sequence ends."""
+        admitted, first_token = self.admitted or now, self.first_token or now
         return Timings(
-            queue=max(0.0, self.admitted - self.request.arrival) if self.admitted else 0.0,
-            prefill=max(0.0, self.first_token - self.admitted),
-            decode=max(0.0, self.last_token - self.first_token),
+            queue=max(0.0, admitted - self.request.arrival),
+            prefill=max(0.0, first_token - admitted),
+            decode=max(0.0, self.last_token - first_token),
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
         )

@@ -58,6 +58,11 @@ class Residents:
     def __getitem__(self, handle: int) -> Resident:
         return self._by_handle[handle]
 
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._free_slots.extend(resident.slot for resident in self._by_handle.values())
+        self._by_handle.clear()
+
     def update(self, step: Step) -> None:
         """Take in who left, who came, and the pages that the chunks bring."""
         for handle in step.finished:
