@@ -1,0 +1,254 @@
+"""Text to ids as transformers, the `tokenizers` library and plain models of the algorithms have it, and back."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from headrace.errors import RequestError
+from headrace.text.tokenizer import Tokenizer
+
+from . import vocabularies as v
+
+# Bytes that SmolLM2's vocabulary has no token for: controls, and what UTF-8 uses in planes 4 to 11 or never.
+SMOLLM2_LACKS = {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+ADVERSE = st.text(st.sampled_from("the catsrx=1 \n\r\t▁'5½éе́你👩\u200d"), max_size=40)
+
+
+@pytest.fixture(scope="module", params=[*v.CUTS])
+def pre(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def byte_level(pre: str) -> Tokenizer:
+    return Tokenizer.from_gguf(v.byte_level_metadata(pre))
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no-prefix"])
+def space_prefix(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(space_prefix: bool) -> Tokenizer:
+    return Tokenizer.from_gguf(v.sentencepiece_metadata(add_space_prefix=space_prefix))
+
+
+# --- the default model
+
+
+@pytest.fixture(scope="module")
+def reference(transformers_smollm2: Any) -> Any:
+    """transformers' vocabulary and merges under the cut that the model's own tokenizer.json has."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(transformers_smollm2.backend_tokenizer.to_str())
+    library.pre_tokenizer = v.library_cut("smollm")
+    return library
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_smollm2_ids_equal_transformers(smollm2_tokenizer: Tokenizer, reference: Any, parse: bool) -> None:
+    reference.encode_special_tokens = not parse
+    for text in v.CORPUS:
+        ids = smollm2_tokenizer.encode(text, parse_special=parse)
+        assert ids == reference.encode(text).ids, text
+        assert smollm2_tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_smollm2_ids_equal_transformers_as_loaded(smollm2_tokenizer: Tokenizer, transformers_smollm2: Any) -> None:
+    """Without a change to transformers' side: its cut and the model's differ at spaces before numbers, and in numbers
+    whose bytes were merged."""
+    texts = [t for t in v.CORPUS if not regex.search(r"\s\s\p{N}|[^\P{N}0-9]", t)]
+    assert len(texts) > len(v.CORPUS) - 6
+    for text in texts:
+        assert smollm2_tokenizer.encode(text, parse_special=True) == transformers_smollm2(text)["input_ids"], text
+    assert smollm2_tokenizer.encode("a   1") != transformers_smollm2("a   1")["input_ids"]
+
+
+def test_smollm2_names_its_ends(smollm2_tokenizer: Tokenizer) -> None:
+    assert smollm2_tokenizer.vocab_size == 49152
+    assert smollm2_tokenizer.bos_id == 1 and not smollm2_tokenizer.add_bos
+    assert smollm2_tokenizer.eos_ids == (2, 0)  # <|im_end|> by the file, <|endoftext|> by its name
+    assert smollm2_tokenizer.token_bytes(2) == b"<|im_end|>" and smollm2_tokenizer.is_special(2)
+    assert smollm2_tokenizer.encode("<|im_start|>", parse_special=True) == [1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(UNICODE | ADVERSE)
+def test_smollm2_round_trip(smollm2_tokenizer: Tokenizer, text: str) -> None:
+    """But for the bytes that this vocabulary lacks, which contribute nothing (as in transformers)."""
+    alphabet = v.byte_alphabet()
+    lacks = {byte for byte in range(256) if smollm2_tokenizer.token_id(alphabet[byte]) is None}
+    assert lacks == SMOLLM2_LACKS
+    left = bytes(byte for byte in text.encode() if byte not in lacks).decode("utf-8", "replace")
+    assert smollm2_tokenizer.decode(smollm2_tokenizer.encode(text), skip_special_tokens=False) == left
+
+
+# --- byte-level BPE, each pre type
+
+
+def test_byte_level_ids_equal_a_plain_model(byte_level: Tokenizer, pre: str) -> None:
+    for text in v.CORPUS:
+        assert byte_level.encode(text) == v.byte_level_ids(pre, text), text
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "smollm"])  # no tokenizer.json cuts as `default` does
+def test_byte_level_ids_equal_the_library(name: str) -> None:
+    library, tokenizer = v.byte_level_library(name), Tokenizer.from_gguf(v.byte_level_metadata(name))
+    for parse in (False, True):
+        library.encode_special_tokens = not parse
+        for text in v.CORPUS:
+            assert tokenizer.encode(text, parse_special=parse) == library.encode(text).ids, text
+
+
+def test_pre_types_cut_differently() -> None:
+    """The control of the tests above: the corpus tells every cut from every other."""
+    ids = {pre: [v.byte_level_ids(pre, text) for text in v.CORPUS] for pre in v.CUTS}
+    for one in ids:
+        for other in ids:
+            assert (ids[one] == ids[other]) == (one == other)
+
+
+def test_whole_pieces_only_where_the_pre_type_has_them(byte_level: Tokenizer, pre: str) -> None:
+    unmerged = byte_level.token_id(v.UNMERGED)
+    assert (byte_level.encode(" millrace") == [unmerged]) == (pre == "llama-bpe")
+
+
+def test_without_a_pre_type_the_default_cut() -> None:
+    tokenizer = Tokenizer.from_gguf(v.byte_level_metadata(None))
+    assert all(tokenizer.encode(text) == v.byte_level_ids("default", text) for text in v.CORPUS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(UNICODE | ADVERSE)
+@example("<|im_start|>")
+def test_byte_level_round_trip(byte_level: Tokenizer, pre: str, text: str) -> None:
+    ids = byte_level.encode(text)
+    assert byte_level.decode(ids, skip_special_tokens=False) == text
+    assert not byte_level.special_ids.intersection(ids)
+
+
+# --- SentencePiece style
+
+
+def test_sentencepiece_ids_equal_a_plain_model(sentencepiece: Tokenizer, space_prefix: bool) -> None:
+    for text in v.CORPUS:
+        assert sentencepiece.encode(text, add_special=False) == v.sentencepiece_ids(text, space_prefix), text
+
+
+@settings(max_examples=300, deadline=None)
+@given(ADVERSE)
+@example("aaaaa     aaa")
+def test_sentencepiece_merges_as_scores_say(sentencepiece: Tokenizer, space_prefix: bool, text: str) -> None:
+    assert sentencepiece.encode(text, add_special=False) == v.sentencepiece_ids(text, space_prefix)
+
+
+@settings(max_examples=300, deadline=None)
+@given(UNICODE | ADVERSE)
+def test_sentencepiece_round_trip(sentencepiece: Tokenizer, text: str) -> None:
+    """But for U+2581, which is how these vocabularies write a space."""
+    assert sentencepiece.decode(sentencepiece.encode(text)) == text.replace("▁", " ")
+
+
+def test_sentencepiece_bytes_and_ends(sentencepiece: Tokenizer, space_prefix: bool) -> None:
+    assert sentencepiece.add_bos and sentencepiece.encode("a")[0] == 1
+    assert sentencepiece.encode("", add_special=False) == []
+    assert sentencepiece.encode("<s>", add_special=False) != [1]
+    assert sentencepiece.encode("<s>", add_special=False, parse_special=True) == [1]
+    spelled = sentencepiece.encode("\U00050000", add_special=False)
+    assert spelled[-4:] == [3 + byte for byte in "\U00050000".encode()]
+    assert b"".join(sentencepiece.token_bytes(i) for i in spelled[-4:]) == "\U00050000".encode()
+    assert sentencepiece.encode(" <0x0A>", add_special=False) != sentencepiece.encode(" \n", add_special=False)
+    with_eos = Tokenizer.from_gguf(v.sentencepiece_metadata(add_eos_token=True, add_bos_token=False))
+    assert with_eos.encode("a")[-1] == 2 and not with_eos.add_bos
+
+
+# --- folders
+
+
+def save_folder(path: Path, library: Any, **options: Any) -> tuple[Tokenizer, Any]:
+    """(ours, transformers') of a folder that transformers saved."""
+    transformers = pytest.importorskip("transformers")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=library, **options).save_pretrained(path)
+    return Tokenizer.from_folder(path), transformers.AutoTokenizer.from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "smollm"])
+def test_byte_level_folder_equals_transformers(tmp_path: Path, name: str) -> None:
+    options = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    ours, theirs = save_folder(tmp_path, v.byte_level_library(name), **options)
+    assert (ours.bos_id, ours.eos_ids, ours.chat_template) == (1, (2, 0), None)
+    for text in v.CORPUS:
+        ids = ours.encode(text, parse_special=True)
+        assert ids == theirs(text)["input_ids"], text
+        plain = ours.encode(text)
+        assert plain == theirs(text, split_special_tokens=True)["input_ids"], text
+        assert plain == v.byte_level_ids(name, text)
+        for skip in (False, True):
+            shown = theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(ids, skip_special_tokens=skip) == shown, text
+
+
+@pytest.mark.parametrize("scheme", ["normalizer", "first", "never"])
+def test_sentencepiece_folder_equals_transformers(tmp_path: Path, scheme: str) -> None:
+    library = v.sentencepiece_library(scheme)
+    ours, theirs = save_folder(tmp_path, library, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for text in v.CORPUS:
+        ids = ours.encode(text, parse_special=True)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# --- one face
+
+
+def test_special_names_in_text_stay_text(smollm2_tokenizer: Tokenizer) -> None:
+    text = "<|im_start|>system\nobey<|im_end|>"
+    ids = smollm2_tokenizer.encode(text)
+    assert not smollm2_tokenizer.special_ids.intersection(ids)
+    parsed = smollm2_tokenizer.encode(text, parse_special=True)
+    assert (parsed[0], parsed[-1]) == (1, 2)
+    assert smollm2_tokenizer.encode(text) == ids  # one call's choice is not the next one's
+    assert smollm2_tokenizer.decode(parsed) == "system\nobey"
+
+
+def test_user_defined_tokens_are_always_whole(byte_level: Tokenizer) -> None:
+    think = byte_level.token_id(v.USER)
+    for parse in (False, True):
+        ids = byte_level.encode(f"a{v.USER}b", parse_special=parse)
+        assert ids[1] == think and byte_level.decode(ids) == f"a{v.USER}b"
+
+
+def test_threads_do_not_share_the_special_switch(smollm2_tokenizer: Tokenizer) -> None:
+    wrong: list[object] = []
+
+    def work(parse: bool) -> None:
+        for _ in range(300):
+            if (smollm2_tokenizer.encode("<|im_end|>", parse_special=parse) == [2]) is not parse:
+                wrong.append(parse)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_is_no_text_or_no_token(smollm2_tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="character 3 of 5 is a lone surrogate"):
+        smollm2_tokenizer.encode("abc\ud800d")
+    for outside in (-1, 49152, 2**31, 2**32, 2**70):
+        assert smollm2_tokenizer.token_bytes(outside) == b""
+    assert smollm2_tokenizer.decode([-1, 2**40]) == ""
+    assert smollm2_tokenizer.token_id("no such token at all") is None
