@@ -214,6 +214,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(obj, "__self__", None)
         if owner is self and isinstance(obj, MethodType):
             return obj(*args)
+        for name in ("_loop_vars", "_block_vars"):  # Jinja's own, for functions that take the context: none here does
+            kwargs.pop(name, None)
         self.budget.read(args, kwargs)
         if isinstance(obj, BuiltinMethodType) and obj.__name__ in _METHODS.get(type(owner), ()):
             self.budget.read(owner)
