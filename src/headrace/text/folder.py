@@ -121,7 +121,7 @@ def _generation_ends(generation: Mapping[str, Any], backend: Backend, folder: Pa
     value, size = generation.get("eos_token_id"), backend.get_vocab_size()
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
-        if not isinstance(token, int) or not 0 <= token < size:
+        if type(token) is not int or not 0 <= token < size:
             problem = f"is {token!r:.80}; the vocabulary has ids 0 to {size - 1}"
             raise ModelFileError(folder / "generation_config.json", "eos_token_id", problem)
     return ids
