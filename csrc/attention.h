@@ -45,6 +45,12 @@ struct AttentionCall {
     float softcap;  // 0: none
 };
 
+// Keys that the next unit of work will read: fetched into cache meanwhile. past == first: none.
+struct Ahead {
+    const int32_t* pages;
+    int kv_head, first, past;  // positions
+};
+
 inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t slot, int kv_head) {
     const int64_t page = slot / layout.page_size, offset = slot % layout.page_size;
     return cache + size_t(page) * layout.page_stride + size_t(kv_head) * layout.head_bytes + size_t(offset / kTile) * layout.tile_bytes;
@@ -60,7 +66,8 @@ struct AttentionKernels {
     // Query vectors as words in scratch, for `partial`.
     void (*prepare)(const AttentionCall& call, const float* const* q, int count, uint8_t* scratch);
     // (m, l, o) of `count` prepared query vectors at `positions` over key block `block`; m is -inf where a query sees none of it.
-    void (*partial)(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, uint8_t* scratch, float* out);
+    void (*partial)(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, const Ahead& ahead, uint8_t* scratch,
+                    float* out);
     // state = merge(state, part); `first`: state = part.
     void (*merge)(float* state, const float* part, int count, int dim, bool first);
     // out[i] = o / l, head_dim floats.

@@ -154,15 +154,44 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
     }
 }
 
+// ---- reading ahead
+
+// Fetches what the next unit reads, a little at a time, so that memory is busy while this one computes.
+class Fetcher {
+  public:
+    Fetcher(const AttentionCall& call, const Ahead& ahead) : call_(call), ahead_(ahead), position_(ahead.first / kTile * kTile) {}
+
+    void some() {
+        if (position_ >= ahead_.past) return;
+        if (at_ == 0) {
+            const int page_size = call_.layout->page_size, page = position_ / page_size;
+            tile_ = kv_tile(*call_.layout, call_.cache, int64_t(ahead_.pages[page]) * page_size + position_ % page_size, ahead_.kv_head);
+        }
+        for (int line = 0; line < kLines; ++line) prefetch(tile_ + at_ + line * 64);
+        at_ += kLines * 64;
+        if (at_ >= call_.layout->tile_bytes) at_ = 0, position_ += kTile;
+    }
+
+  private:
+    static constexpr int kLines = 16;
+
+    const AttentionCall& call_;
+    const Ahead& ahead_;
+    int position_;
+    size_t at_ = 0;
+    const uint8_t* tile_ = nullptr;
+};
+
 // ---- products
 
 // scores[query][16 v + lane] = sum over d of q . key, for NV tiles of keys.
 template <class Dot, int NQ, int NV>
-inline void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores) {
+inline void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores, Fetcher& fetcher) {
     Floats acc[NQ][NV];
     for (int i = 0; i < NQ; ++i)
         for (int v = 0; v < NV; ++v) acc[i][v] = zero();
     for (int w = 0; w < words; ++w) {
+        if (w % 8 == 0) fetcher.some();
         Words key[NV];
         for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
         for (int i = 0; i < NQ; ++i) {
@@ -176,7 +205,7 @@ inline void score_tile(const uint32_t* q, int stride, int words, const uint32_t*
 
 // out[query][16 v + lane] = sum over `count` tokens of p . value, for NV vectors of value columns.
 template <class Dot, int W, int NQ, int NV>
-inline void value_tile(const uint32_t* p, const uint32_t* const* values, int column, int dim, int count, float* out) {
+inline void value_tile(const uint32_t* p, const uint32_t* const* values, int column, int dim, int count, float* out, Fetcher& fetcher) {
     Floats acc[NQ][NV];
     for (int i = 0; i < NQ; ++i)
         for (int v = 0; v < NV; ++v) acc[i][v] = zero();
@@ -189,6 +218,7 @@ inline void value_tile(const uint32_t* p, const uint32_t* const* values, int col
         }
     };
     for (int t = 0; t < count; t += kTile) {
+        fetcher.some();
         const uint32_t* row = values[t / kTile] + column;
         const int whole = (count - t < kTile ? count - t : kTile) / W;
         for (int w = 0; w < whole; ++w) add(p + t / W + w, row + w * dim, [](Words x) { return x; });
@@ -201,11 +231,13 @@ inline void value_tile(const uint32_t* p, const uint32_t* const* values, int col
 
 // The same of bytes: exact sums of integers.
 template <int NQ, int NV>
-inline void score_tile_bytes(const uint32_t* q, int stride, int words, const ByteQuery* queries, const uint32_t* const* keys, float* scores) {
+inline void score_tile_bytes(const uint32_t* q, int stride, int words, const ByteQuery* queries, const uint32_t* const* keys, float* scores,
+                             Fetcher& fetcher) {
     Words high[NQ][NV], low[NQ][NV];
     for (int i = 0; i < NQ; ++i)
         for (int v = 0; v < NV; ++v) high[i][v] = all_words(0), low[i][v] = all_words(uint32_t(queries[i].bias));
     for (int w = 0; w < words; ++w) {
+        if (w % 4 == 0) fetcher.some();
         Words key[NV];
         for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
         for (int i = 0; i < NQ; ++i) {
@@ -223,11 +255,13 @@ inline void score_tile_bytes(const uint32_t* q, int stride, int words, const Byt
 
 // out = factor * sum of (256 high + low) * value.
 template <int NQ, int NV>
-inline void value_tile_bytes(const uint8_t* p, const float* factors, const uint32_t* const* values, int column, int dim, int tiles, float* out) {
+inline void value_tile_bytes(const uint8_t* p, const float* factors, const uint32_t* const* values, int column, int dim, int tiles, float* out,
+                             Fetcher& fetcher) {
     Words high[NQ][NV], low[NQ][NV];
     for (int i = 0; i < NQ; ++i)
         for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
     for (int t = 0; t < tiles; ++t) {
+        fetcher.some();
         const uint32_t* row = values[t] + column;
         for (int w = 0; w < kTile / 4; ++w, row += dim) {
             Words value[NV];
@@ -352,7 +386,8 @@ inline float fractions(const float* row, Seen seen, int first_tile, int past_til
 }
 
 template <class S>
-void partial(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, uint8_t* memory, float* out) {
+void partial(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, const Ahead& ahead, uint8_t* memory,
+             float* out) {
     constexpr int W = S::kWord;
     const KvLayout& layout = *call.layout;
     const int dim = layout.dim, start = block * kSplit;
@@ -378,6 +413,7 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     Tiles tiles;
     find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
 
+    Fetcher fetcher(call, ahead);
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {
         if (S::kExpanded || count > S::kTile || t >= past) return;
@@ -394,9 +430,9 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
                 const uint32_t* q = scratch.q + i * dim;
                 float* scores = scratch.scores + i * kScoreStride + t * kTile;
                 if constexpr (S::kBytes)
-                    score_tile_bytes<n, n_vectors>(q, dim, dim / W, scratch.byte_queries + i, keys, scores);
+                    score_tile_bytes<n, n_vectors>(q, dim, dim / W, scratch.byte_queries + i, keys, scores, fetcher);
                 else
-                    score_tile<typename S::Dot, n, n_vectors>(q, dim, dim / W, keys, scores);
+                    score_tile<typename S::Dot, n, n_vectors>(q, dim, dim / W, keys, scores, fetcher);
             });
         };
         if (vectors == 1)
@@ -419,10 +455,10 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
         query_tiles<S::kTile>(count, [&](int i, auto n) {
             float* result = o + size_t(i) * dim + column;
             if constexpr (S::kBytes) {
-                value_tile_bytes<n, vectors>(scratch.bytes + i * 2 * kSplit + first * kTile, factors + i, tiles.values + first, column, dim, past - first, result);
+                value_tile_bytes<n, vectors>(scratch.bytes + i * 2 * kSplit + first * kTile, factors + i, tiles.values + first, column, dim, past - first, result, fetcher);
             } else {
                 const uint32_t* p = (const uint32_t*)(scratch.scores + i * kScoreStride) + first * kTile / W;
-                value_tile<typename S::Dot, W, n, vectors>(p, tiles.values + first, column, dim, tokens, result);
+                value_tile<typename S::Dot, W, n, vectors>(p, tiles.values + first, column, dim, tokens, result, fetcher);
             }
         });
         column += vectors * kLanes;

@@ -220,7 +220,7 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     }
     const int count = int(units.units.size()), piece = std::max(1, count / (worker.count() * 16));
     for (int i; (i = worker.claim()) * piece < count;)
-        for (int unit = i * piece; unit < std::min(count, (i + 1) * piece); ++unit) attend(program, step, worker, units, units.units[size_t(unit)]);
+        for (int unit = i * piece; unit < std::min(count, (i + 1) * piece); ++unit) attend(program, step, worker, units, unit, unit + 1 < std::min(count, (i + 1) * piece));
 }
 
 void Attention::write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const {
@@ -236,7 +236,8 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
     attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
 }
 
-void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, const AttentionPlan::Unit& unit) const {
+void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, int index, bool another) const {
+    const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
     const Slot &queries = program.slot(q), &to = program.slot(out);
@@ -263,18 +264,27 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
 
     const Step::Group& places = step.groups[size_t(group)];
     const AttentionCall call{&layout, pool->layer(layer), places.pages.data() + size_t(unit.chunk) * size_t(places.width), scale, window, softcap};
+    Ahead ahead{nullptr, 0, 0, 0};
+    if (another && plan.single) {  // units of few queries: their time is memory's
+        const AttentionPlan::Unit& next = plan.units[size_t(index) + 1];
+        const int first = next.first_block * kSplit, last = step.positions[size_t(step.chunk_rows[size_t(next.chunk)])];
+        const int from = window > 0 ? std::max(first, last - window + 1) : first;
+        ahead = {places.pages.data() + size_t(next.chunk) * size_t(places.width), next.kv_head, from, std::min(last + 1, first + kSplit)};
+    }
+    const Ahead nothing{nullptr, 0, 0, 0};
     kernels.prepare(call, vectors, unit.count, scratch.attention);
     if (unit.join < 0) {
         for (int block = unit.first_block; block < unit.past_block; ++block) {
             float* part = block == unit.first_block ? scratch.state : scratch.partial;
-            kernels.partial(call, positions, unit.count, unit.kv_head, block, scratch.attention, part);
+            kernels.partial(call, positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : nothing, scratch.attention, part);
             if (part == scratch.partial) kernels.merge(scratch.state, part, unit.count, layout.dim, false);
         }
         kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, results);
         return;
     }
     const AttentionPlan::Join& join = plan.joins[size_t(unit.join)];
-    kernels.partial(call, positions, unit.count, unit.kv_head, unit.first_block, scratch.attention, program.partial(join.first_partial + unit.first_block - join.first_block));
+    kernels.partial(call, positions, unit.count, unit.kv_head, unit.first_block, ahead, scratch.attention,
+                    program.partial(join.first_partial + unit.first_block - join.first_block));
     if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return;
     program.joined(unit.join).store(0, std::memory_order_relaxed);
     for (int i = 0; i < join.blocks; ++i) kernels.merge(scratch.state, program.partial(join.first_partial + i), unit.count, layout.dim, i == 0);

@@ -105,7 +105,8 @@ struct Attention : Instruction {
     void run(Program& program, Step& step, Worker& worker) const override;
 
   private:
-    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, const AttentionPlan::Unit& unit) const;
+    // `another`: this thread goes on with the next unit.
+    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, int index, bool another) const;
     void write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const;
 };
 

@@ -89,7 +89,7 @@ def _executor(
     decoder: Decoder, ops: NativeOps | ReferenceOps, caches: list[list[Any]], residents: Residents, resolved: Resolved
 ) -> Executor:
     if isinstance(ops, ReferenceOps):
-        return ThreadExecutor(Runner(decoder, ops, caches, residents).run)
+        return ThreadExecutor(Runner(decoder, ops, caches, residents).run, residents.clear)
     pages = -(-resolved.max_context // resolved.page_size)
     limits = Limits(
         rows=resolved.max_batch_tokens,
@@ -112,6 +112,8 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
     if context > spec.context_length:
         raise ConfigError(f"max_context {context} is more than the model's context of {spec.context_length}; lower it")
     memory = settings.kv_memory
+    if memory is not None and memory > (installed := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise CapacityError(f"kv_memory of {memory} bytes is more than the {installed} bytes of this machine; lower it")
     if memory is None:
         memory = min(AUTO_KV_MEMORY, int(AUTO_KV_SHARE * available_memory()))
         memory = min(memory, settings.max_sequences * -(-context // settings.page_size) * page_bytes + page_bytes)
@@ -124,8 +126,8 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
     fitting = (pages - 1) * settings.page_size + 1
     if context > fitting and settings.max_context is not None:
         raise CapacityError(
-            f"a context of {context} tokens needs {(-(-context // settings.page_size) + 1) * page_bytes} bytes of KV "
-            f"memory, there are {memory}; raise kv_memory or lower max_context"
+            f"a context of {context} tokens needs {(-(-(context - 1) // settings.page_size) + 1) * page_bytes} bytes "
+            f"of KV memory, there are {memory}; raise kv_memory or lower max_context"
         )
     return Resolved(
         model=model.name,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from .assemble import open_model
-from .completion import Completion, Delta, Output
+from .completion import SCORE, Completion, Delta, Output, scored_logits
 from .config import Resolved, Settings
 from .engine_process import error_of
 from .errors import EngineDeadError, HeadraceError, RequestError
@@ -35,6 +37,7 @@ class AsyncLLM:
         self._process: asyncio.subprocess.Process | None = None
         self._live: dict[str, _Live] = {}
         self._death: HeadraceError | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self._listener: asyncio.Task[None] | None = None
         self._frontend: Frontend | None = None
 
@@ -56,16 +59,17 @@ class AsyncLLM:
             self._process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL
             )
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        self._send(Load(self._name, self._settings))
-        self.spec = opened.spec
-        self.tokenizer = await asyncio.to_thread(opened.tokenizer)
         try:
+            self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+            self._send(Load(self._name, self._settings))
+            self.spec = opened.spec
+            self.tokenizer = await asyncio.to_thread(opened.tokenizer)
             first = await self._receive()
             if isinstance(first, Refused):
                 raise error_of(first)
             assert isinstance(first, Ready)
         except BaseException:
+            ours.close()
             await self.close()
             raise
         self.config = first.resolved
@@ -77,7 +81,10 @@ class AsyncLLM:
         if self._process is None:
             return
         self._death = self._death or EngineDeadError("the engine was closed")
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+        else:
+            self._process.kill()
         try:
             await asyncio.wait_for(self._process.wait(), timeout=10)
         except TimeoutError:
@@ -89,21 +96,28 @@ class AsyncLLM:
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Output:
         """Complete one prompt. `options`: priority, deadline, salt."""
-        return await self._run(self._ready().prompt_ids(prompt), params or SamplingParams(), options)
+        ids = await asyncio.to_thread(self._ready().prompt_ids, prompt)
+        return await self._run(ids, params or SamplingParams(), options)
 
     async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Output:
         """The assistant's answer to a conversation."""
-        return await self._run(self._ready().chat_ids(messages), params or SamplingParams(), options)
+        ids = await asyncio.to_thread(self._ready().chat_ids, messages)
+        return await self._run(ids, params or SamplingParams(), options)
+
+    async def logits(self, prompt: Prompt) -> np.ndarray:
+        """float32 [tokens, vocab]: what the model gives at each position of the prompt."""
+        sample = (await self.generate(prompt, SCORE, kind="score")).samples[0]
+        return scored_logits(sample)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Delta]:
         """Complete one prompt, piece by piece."""
-        return self._stream(self._ready().prompt_ids(prompt), params or SamplingParams(), options)
+        return self._stream(self._ready().prompt_ids, prompt, params or SamplingParams(), options)
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
     ) -> AsyncIterator[Delta]:
         """`chat`, piece by piece."""
-        return self._stream(self._ready().chat_ids(messages), params or SamplingParams(), options)
+        return self._stream(self._ready().chat_ids, messages, params or SamplingParams(), options)
 
     # How
 
@@ -124,17 +138,17 @@ class AsyncLLM:
             self._end(live)
 
     async def _stream(
-        self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]
+        self, encode: Callable[[Any], list[int]], text: Any, params: SamplingParams, options: dict[str, Any]
     ) -> AsyncIterator[Delta]:
-        live = self._start(prompt_ids, params, options)
+        live = self._start(await asyncio.to_thread(encode, text), params, options)
         try:
             while live.deltas or not live.completion.done:
                 if live.deltas:
                     yield live.deltas.pop(0)
                 else:
                     await self._news(live)
-            if live.completion.output.samples[0].error is not None:
-                raise RequestError(live.completion.output.samples[0].error)
+            if errors := [one.error for one in live.completion.output.samples if one.error is not None]:
+                raise RequestError(errors[0])
         finally:
             self._end(live)
 
@@ -146,8 +160,8 @@ class AsyncLLM:
             self._send(Finish(request_id, index, "stop"))
             return None  # the sample's last event comes by itself
 
-        live = self._live[request_id] = _Live(request_id, Completion(prompt_ids, params, self.tokenizer, stop))
         self._send(Add(tuple(requests)))
+        live = self._live[request_id] = _Live(request_id, Completion(prompt_ids, params, self.tokenizer, stop))
         return live
 
     async def _news(self, live: _Live) -> None:
@@ -176,10 +190,13 @@ class AsyncLLM:
                     for event in message.events:
                         if event.request_id in self._live:
                             self._live[event.request_id].push(event)
-        except EngineDeadError as error:
+        except HeadraceError as error:
             self._death = self._death or error
-        for live in self._live.values():
-            live.news.set()
+        except Exception as error:
+            self._death = self._death or EngineDeadError(f"the engine's answer is not understood: {error}")
+        finally:
+            for live in self._live.values():
+                live.news.set()
 
     async def _receive(self) -> Ready | Events | Refused:
         try:
@@ -189,7 +206,8 @@ class AsyncLLM:
             raise EngineDeadError("the engine's process has died; start a new AsyncLLM") from None
 
     def _send(self, message: ToEngine) -> None:
-        self._writer.write(frame(message))
+        if self._writer is not None:
+            self._writer.write(frame(message))
 
 
 class _Live:
@@ -202,9 +220,12 @@ class _Live:
         self.refused: HeadraceError | None = None
 
     def push(self, event: Event) -> None:
-        if delta := self.completion.push(event):
-            self.deltas.append(delta)
-        self.news.set()
+        try:
+            if delta := self.completion.push(event):
+                self.deltas.append(delta)
+            self.news.set()
+        except Exception as error:  # concerns this request alone
+            self.refuse(RequestError(f"{type(error).__name__}: {error}"))
 
     def refuse(self, error: HeadraceError) -> None:
         self.refused = error

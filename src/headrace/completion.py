@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .errors import RequestError
 from .text.detokenizer import Detokenizer
 from .text.stop import StopMatcher
 from .text.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     timings: Timings | None = None  # on the last delta
+    error: str | None = None  # with finish_reason "error"
 
 
 @dataclass
@@ -145,12 +147,30 @@ class Completion:
 
     def _end(self, index: int, reason: FinishReason, text: str, last: Event, news: Event | None = None) -> Delta:
         sample = self.output.samples[index]
-        sample.finish_reason, sample.error = reason, last.error
+        sample.finish_reason, sample.error = reason, last.error if reason == "error" else None
         sample.timings = last.timings or Timings()
         if self._logits[index]:
             sample.logits = np.concatenate(self._logits[index])
         self._open -= 1
-        return Delta(index, text, news.tokens if news else (), news.logprobs if news else (), reason, sample.timings)
+        return Delta(
+            index,
+            text,
+            news.tokens if news else (),
+            news.logprobs if news else (),
+            reason,
+            sample.timings,
+            sample.error,
+        )
+
+
+SCORE = SamplingParams(max_tokens=1, return_logits=True)  # of a request of kind "score": the prompt's logits
+
+
+def scored_logits(sample: Sample) -> np.ndarray:
+    """The logits of a request made with SCORE; RequestError where it ended early."""
+    if sample.logits is None:
+        raise RequestError(sample.error or f"the request ended early: {sample.finish_reason}")
+    return sample.logits
 
 
 def stop_ids(params: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -48,6 +48,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high):
                 raise ConfigError(f"{name} must be a whole number from 1 to {high}, got {value!r}")
+        if not isinstance(self.prefix_cache, bool):
+            raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r:.80}")
+        if not isinstance(self.kv_dtype, str):
+            raise ConfigError(f"kv_dtype must be a name, got {self.kv_dtype!r:.80}")
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
         if self.policy not in POLICIES:

@@ -24,28 +24,48 @@ class Engine:
         self._flight: deque[tuple[Step, Pending, float, float]] = deque()
 
     def step(self) -> list[Event]:
-        """Fill the queue, then take in the oldest step in flight. An empty list may mean no news; see `busy`."""
+        """Fill the queue, then take in the oldest step in flight. An empty list may mean no news; see `busy`.
+
+        Where a step breaks, its sequences end with an error and all others start again: none is lost, none is wrong.
+        """
         events = self.scheduler.expire(time.monotonic())
-        self._fill()
+        events += self._fill()
         if self._flight:
             events += self._apply_oldest()
         return events
 
-    def _fill(self) -> None:
+    def _fill(self) -> list[Event]:
         while len(self._flight) < self.steps_in_flight:
             planned = time.monotonic()
             step = self.scheduler.plan(planned)
             if step is None:
-                return
-            self._flight.append((step, self.executor.submit(step), planned, time.monotonic()))
+                break
+            try:
+                pending = self.executor.submit(step)
+            except Exception as error:
+                return self._fail(step, error)
+            self._flight.append((step, pending, planned, time.monotonic()))
+        return []
 
     def _apply_oldest(self) -> list[Event]:
         step, pending, planned, submitted = self._flight.popleft()
-        result = pending.result()
+        try:
+            result = pending.result()
+        except Exception as error:
+            return self._fail(step, error)
         answered = time.monotonic()
         events = self.scheduler.apply(result, answered)
         times = (planned, submitted, result.started, result.ended, answered, time.monotonic())
         self.trace.add(StepTrace(step.number, len(step.chunks), step.rows, *times))
+        return events
+
+    def _fail(self, step: Step, error: Exception) -> list[Event]:
+        """What the workers know is in doubt: they forget everything, and the scheduler starts anew without the step."""
+        events = self.scheduler.fail(
+            step.number, f"the engine failed: {type(error).__name__}: {error}", time.monotonic()
+        )
+        self._flight.clear()
+        self.executor.reset()
         return events
 
     def add(self, request: Request) -> None:
@@ -56,7 +76,7 @@ class Engine:
         self, request_id: str, sample_index: int | None = None, reason: FinishReason = "cancelled"
     ) -> list[Event]:
         """End a request, or one of its samples, at once."""
-        return self.scheduler.finish(request_id, sample_index, reason)
+        return self.scheduler.finish(request_id, sample_index, reason, time.monotonic())
 
     @property
     def busy(self) -> bool:
@@ -64,6 +84,8 @@ class Engine:
 
     def close(self) -> None:
         """Wait for steps in flight and stop the workers."""
-        while self._flight:
-            self._apply_oldest()
-        self.executor.close()
+        try:
+            while self._flight:
+                self._apply_oldest()
+        finally:
+            self.executor.close()

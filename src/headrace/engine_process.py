@@ -16,6 +16,7 @@ from .assemble import build_engine, open_model
 from .engine import Engine
 from .errors import HeadraceError
 from .processes import die_with_parent
+from .types import Event
 from .workers.wire import (
     HEADER,
     Add,
@@ -31,79 +32,116 @@ from .workers.wire import (
     to_engine,
 )
 
+MAX_UNSENT = 64 << 20
 
-def serve(door: socket.socket) -> None:
-    """Run until the door closes its end."""
-    inbox = _Inbox(door)
-    load = inbox.wait()
+
+def serve(door: Door) -> None:
+    """Run until the other side closes the door."""
+    load = next(iter(door.take(wait=True)), None)
     if not isinstance(load, Load):
         return
     try:
         engine, resolved = build_engine(open_model(load.model), load.settings)
     except HeadraceError as error:
-        _send(door, _refusal(None, error))
+        door.send(_refusal(None, error))
+        door.flush()
         return
-    _send(door, Ready(resolved))
-    while not inbox.closed:
-        for message in inbox.take(wait=not engine.busy):
+    door.send(Ready(resolved))
+    while not door.closed:
+        for message in door.take(wait=not engine.busy):
             _obey(engine, door, message)
-        if events := engine.step():
-            _send(door, Events(events))
+        if engine.busy:
+            _emit(engine, door, engine.step())
     engine.close()
 
 
-def _obey(engine: Engine, door: socket.socket, message: ToEngine) -> None:
+def _obey(engine: Engine, door: Door, message: ToEngine) -> None:
     if isinstance(message, Finish):
-        _send(door, Events(engine.finish(message.request_id, message.sample_index, message.reason)))
+        _emit(engine, door, engine.finish(message.request_id, message.sample_index, message.reason))
     elif isinstance(message, Add):
         try:
             for request in message.requests:
                 engine.add(request)
         except HeadraceError as error:
             engine.finish(message.requests[0].id)
-            _send(door, _refusal(message.requests[0].id, error))
+            door.send(_refusal(message.requests[0].id, error))
+
+
+def _emit(engine: Engine, door: Door, events: list[Event]) -> None:
+    """Send events; one that no frame can carry ends its request with an error, and concerns no other."""
+    if not events:
+        return
+    try:
+        door.send(Events(events))
+    except HeadraceError as error:
+        if len(events) > 1:
+            for event in events:
+                _emit(engine, door, [event])
+            return
+        engine.finish(events[0].request_id, events[0].sample_index)
+        failed = Event(events[0].request_id, events[0].sample_index, finish_reason="error", error=str(error))
+        door.send(Events([failed]))
 
 
 def _refusal(request_id: str | None, error: HeadraceError) -> Refused:
     return Refused(request_id, type(error).__name__, str(error))
 
 
-def _send(door: socket.socket, message: FromEngine) -> None:
-    door.sendall(frame(message))
+class Door:
+    """This end of the socket: frames in both directions, without waiting for the other side unless there is nothing
+    to do, or MAX_UNSENT bytes have not been taken."""
 
-
-class _Inbox:
-    """Frames from a socket, taken without waiting unless there is nothing else to do."""
-
-    def __init__(self, door: socket.socket) -> None:
-        self._door = door
-        self._data = bytearray()
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._unread, self._unsent = bytearray(), bytearray()
         self.closed = False
 
-    def wait(self) -> ToEngine | None:
-        while not self.closed:
-            for message in self.take(wait=True, most=1):
-                return message
-        return None
+    def send(self, message: FromEngine) -> None:
+        """Queue a message. HeadraceError where it is longer than a frame may be."""
+        self._unsent += frame(message)
+        self._write()
 
-    def take(self, *, wait: bool, most: int | None = None) -> list[ToEngine]:
-        readable, _, _ = select.select([self._door], [], [], None if wait and not self._complete() else 0)
+    def flush(self) -> None:
+        while self._unsent and not self.closed:
+            self._exchange(None)
+
+    def take(self, *, wait: bool) -> list[ToEngine]:
+        """The messages that have come; where `wait`, at least one, or the door is closed."""
+        while True:
+            full = len(self._unsent) > MAX_UNSENT
+            self._exchange(None if full or (wait and not self._complete()) else 0.0)
+            messages: list[ToEngine] = []
+            while length := self._complete():
+                messages.append(to_engine.decode(self._unread[HEADER.size : length]))
+                del self._unread[:length]
+            if self.closed or messages or not (wait or len(self._unsent) > MAX_UNSENT):
+                return messages
+
+    def _exchange(self, seconds: float | None) -> None:
+        """Read and write what can be, waiting `seconds` (None: for ever) until something can."""
+        writers = [self._connection] if self._unsent else []
+        readable, writable, _ = select.select([self._connection], writers, [], seconds)
         if readable:
-            data = self._door.recv(1 << 20)
+            data = self._connection.recv(1 << 20)
             self.closed = not data
-            self._data += data
-        messages: list[ToEngine] = []
-        while (length := self._complete()) and (most is None or len(messages) < most):
-            messages.append(to_engine.decode(self._data[HEADER.size : length]))
-            del self._data[:length]
-        return messages
+            self._unread += data
+        if writable:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._connection.send(memoryview(self._unsent)[: 1 << 20])]
+        except BlockingIOError:
+            pass
 
     def _complete(self) -> int:
         """Bytes of the first frame, its header included, or 0 where it is not all there."""
-        if len(self._data) < HEADER.size:
+        if len(self._unread) < HEADER.size:
             return 0
-        length = HEADER.size + frame_length(bytes(self._data[: HEADER.size]))
-        return length if len(self._data) >= length else 0
+        length = HEADER.size + frame_length(bytes(self._unread[: HEADER.size]))
+        return length if len(self._unread) >= length else 0
 
 
 def error_of(refused: Refused) -> HeadraceError:
@@ -118,7 +156,7 @@ def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the door's to handle
     try:
-        serve(socket.socket(fileno=int(sys.argv[1])))
+        serve(Door(socket.socket(fileno=int(sys.argv[1]))))
     except (BrokenPipeError, ConnectionResetError):
         pass
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
 from collections.abc import Sequence
 from itertools import count
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
+MAX_PRIORITY = 1 << 31
+MAX_SALT = 1024
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of texts
 
 
@@ -39,12 +43,12 @@ class Frontend:
             if not ids:
                 raise RequestError("the prompt has no tokens; give some text")
             return ids
-        ids = list(prompt)
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise RequestError(
-                    f"prompt token {token!r:.40} is not an id of this model; ids go from 0 to {self.vocab_size - 1}"
-                )
+        try:
+            ids = [index(token) for token in prompt]
+        except TypeError:
+            ids = None
+        if ids is None or any(isinstance(token, bool) for token in prompt):
+            raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.80}")
         return ids
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -55,7 +59,7 @@ class Frontend:
         """
         name = self._special_name
         bos, eos = name(self.tokenizer.bos_id), name(next(iter(self.tokenizer.eos_ids), None))
-        names = {name(token) for token in self.tokenizer.special_ids} - {""}
+        names = {text for token in self.tokenizer.special_ids if len(text := name(token)) > 1}
         guarded = _guard(list(messages), names)
         text = self._template().render(guarded, bos_token=bos, eos_token=eos)
         if guarded == list(messages):
@@ -85,6 +89,19 @@ class Frontend:
         deadline: float | None = None, salt: str = "",
     ) -> list[Request]:  # fmt: skip
         """One request per sample. An absent seed is drawn here; `deadline` is in seconds from now."""
+        if not all(0 <= token < self.vocab_size for token in (min(prompt_ids, default=0), max(prompt_ids, default=0))):
+            raise RequestError(
+                f"the prompt has token ids from {min(prompt_ids)} to {max(prompt_ids)}; this model's go from 0 to "
+                f"{self.vocab_size - 1}"
+            )
+        if kind not in ("generate", "score"):
+            raise RequestError(f"kind must be generate or score, got {kind!r:.80}")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise RequestError(f"priority must be a whole number of at most {MAX_PRIORITY}, got {priority!r:.80}")
+        if deadline is not None and not (isinstance(deadline, (int, float)) and 0 <= deadline < math.inf):
+            raise RequestError(f"deadline must be seconds from now, got {deadline!r:.80}")
+        if not isinstance(salt, str) or len(salt) > MAX_SALT:
+            raise RequestError(f"salt must be text of at most {MAX_SALT} characters, got {salt!r:.80}")
         for name, tokens in (
             ("logit_bias", params.logit_bias),
             ("banned_tokens", params.banned_tokens),
@@ -106,7 +123,7 @@ class Frontend:
             kind=kind,
             salt=salt,
         )
-        return [msgspec.structs.replace(first, sample_index=index) for index in range(params.n)]
+        return [msgspec.structs.replace(first, sample_index=sample) for sample in range(params.n)]
 
 
 def _guard(value: Any, names: set[str]) -> Any:
@@ -118,5 +135,5 @@ def _guard(value: Any, names: set[str]) -> Any:
                 value = value.replace(name, name[0] + GUARD + name[1:])
         return value
     if isinstance(value, dict):
-        return {key: item if key == "role" else _guard(item, names) for key, item in value.items()}
+        return {key: _guard(item, names) for key, item in value.items()}
     return [_guard(item, names) for item in value] if isinstance(value, list) else value

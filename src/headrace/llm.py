@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from .assemble import build_engine, open_model
-from .completion import Completion, Delta, Output
+from .completion import SCORE, Completion, Delta, Output, scored_logits
 from .config import Settings
-from .errors import RequestError
+from .errors import EngineDeadError, RequestError
 from .formats.hub import DEFAULT_MODEL
 from .frontend import Frontend, Message, Prompt
+from .processes import uninterrupted
 from .types import Event, Kind, SamplingParams
-
-_SCORE = SamplingParams(max_tokens=1, return_logits=True)
 
 
 class LLM:
@@ -35,6 +34,7 @@ class LLM:
         self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         self._live: dict[str, Completion] = {}
         self._deltas: dict[str, list[Delta]] = {}
+        self._closed = False
 
     # Doors
 
@@ -59,7 +59,15 @@ class LLM:
         if len(each) != len(many):
             raise RequestError(f"{len(each)} sampling params for {len(many)} prompts; give one, or one for each")
         ids = [self._frontend.prompt_ids(prompt) for prompt in many]
-        return self._run([self._start(i, p, **options) for i, p in zip(ids, each, strict=True)])
+        started: list[str] = []
+        try:
+            for prompt_ids, one in zip(ids, each, strict=True):
+                started.append(self._start(prompt_ids, one, **options))
+        except BaseException:
+            for request_id in started:
+                self._cancel(request_id)
+            raise
+        return self._run(started)
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Output:
         """The assistant's answer to a conversation: messages of {"role", "content"}."""
@@ -79,13 +87,11 @@ class LLM:
     def logits(self, prompt: Prompt) -> np.ndarray:
         """float32 [tokens, vocab]: what the model gives at each position of the prompt."""
         ids = self._frontend.prompt_ids(prompt)
-        sample = self._run([self._start(ids, _SCORE, kind="score")])[0].samples[0]
-        if sample.logits is None:
-            raise RequestError(sample.error or f"the request ended early: {sample.finish_reason}")
-        return sample.logits
+        return scored_logits(self._run([self._start(ids, SCORE, kind="score")])[0].samples[0])
 
     def close(self) -> None:
         """Cancel what runs and stop the workers."""
+        self._closed = True
         for request_id in list(self._live):
             self._cancel(request_id)
         self.engine.close()
@@ -101,6 +107,8 @@ class LLM:
     # How
 
     def _start(self, prompt_ids: list[int], params: SamplingParams, *, kind: Kind = "generate", **options: Any) -> str:
+        if self._closed:
+            raise EngineDeadError("this LLM was closed; make a new one")
         requests = self._frontend.requests(prompt_ids, params, kind=kind, **options)
         request_id = requests[0].id
         self._live[request_id] = Completion(
@@ -134,16 +142,20 @@ class LLM:
                     yield deltas.pop(0)
                 else:
                     self._step()
-            if completion.output.samples[0].error is not None:
-                raise RequestError(completion.output.samples[0].error)
+            if errors := [sample.error for sample in completion.output.samples if sample.error is not None]:
+                raise RequestError(errors[0])
         finally:
             del self._deltas[request_id]
             self._cancel(request_id)
 
     def _step(self) -> None:
-        """One step of the engine; its events go to whom they belong."""
-        for event in self.engine.step():
-            self._dispatch(event)
+        """One step of the engine; its events go to whom they belong. Ctrl-C waits until both is done: a step that is
+        taken from the queue and not applied would be lost to everyone."""
+        if self._closed or not self.engine.busy:
+            raise EngineDeadError("the engine was closed, or has nothing left to do, before the request ended")
+        with uninterrupted():
+            for event in self.engine.step():
+                self._dispatch(event)
 
     def _dispatch(self, event: Event) -> None:
         completion = self._live.get(event.request_id)
@@ -165,5 +177,5 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, also where one was given."""
     if isinstance(prompts, str):
         return [prompts]
-    many = list(prompts)
-    return [many] if many and all(isinstance(item, int) for item in many) else many  # type: ignore[return-value, list-item]
+    many: list[Any] = list(prompts)
+    return [many] if many and all(isinstance(item, (int, np.integer)) for item in many) else many

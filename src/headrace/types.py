@@ -63,8 +63,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids", "banned_tokens"):
-            if isinstance(getattr(self, name), list):
-                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+            if not isinstance(getattr(self, name), tuple):
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name) or ()))
+        if self.logit_bias is None:
+            msgspec.structs.force_setattr(self, "logit_bias", {})
+        for name in ("ignore_eos", "include_stop", "skip_special_tokens", "return_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r:.80}")
         for name, low, high in _INTEGER_RANGES:
             _check_range(name, getattr(self, name), low, high, int)
         for name, low, high in _NUMBER_RANGES:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from headrace.errors import (
     RequestError,
     TemplateError,
 )
-from headrace.types import Event, Timings
+from headrace.types import Event, Step, StepResult, Timings
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -225,6 +227,94 @@ def test_a_broken_template_is_a_typed_error(llm: LLM) -> None:
         llm.chat([{"role": "user", "content": "x"}])
     llm.tokenizer.chat_template = kept
     llm._frontend._compiled = None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"priority": "high"}, {"priority": 1.5}, {"priority": 2**70}, {"deadline": float("nan")}, {"deadline": -1}]
+    + [{"salt": 3}, {"kind": "embed"}],
+    ids=str,
+)
+def test_options_are_checked(llm: LLM, options: dict) -> None:
+    with pytest.raises(RequestError):
+        llm.generate(["fine", "x"], GREEDY, **options)
+    assert llm.engine.scheduler.unfinished == 0 and not llm._live
+
+
+def test_a_refused_prompt_takes_none_of_its_company_along(llm: LLM) -> None:
+    with pytest.raises(CapacityError):
+        llm.generate([[5], [5] * 600], GREEDY)
+    assert llm.engine.scheduler.unfinished == 0 and not llm._live
+
+
+def test_numpy_prompts(llm: LLM) -> None:
+    ids = np.array([5, 6, 7])
+    assert llm.generate(ids, GREEDY)[0].token_ids == llm.generate([ids], GREEDY)[0].token_ids  # type: ignore[list-item]
+
+
+def test_a_closed_llm_says_so(tiny: str) -> None:
+    llm = LLM(tiny)
+    stream = llm.stream("x", GREEDY)
+    next(stream)
+    llm.close()
+    with pytest.raises(EngineDeadError):
+        list(stream)
+    with pytest.raises(EngineDeadError):
+        llm.generate("y")
+
+
+@pytest.mark.parametrize("where", ["submit", "result"])
+def test_a_step_that_breaks_ends_its_sequences_and_no_other(tiny: str, where: str) -> None:
+    """The executor here is the real one, made to raise once while it holds a chosen sequence."""
+    with LLM(tiny, max_sequences=4, max_batch_tokens=64) as llm:
+        alone = llm.generate(["first", "second", "third"], GREEDY)
+        executor: Any = llm.engine.executor
+        submit = executor.submit
+        broken: list[int] = []
+
+        def breaking(step: Step) -> Any:
+            doomed = len(step.chunks) == 1 and not broken and step.chunks[0].start > 3
+            pending = None if doomed and where == "submit" else submit(step)
+            if not doomed:
+                return pending
+            broken.append(step.number)
+            if where == "submit":
+                raise ValueError("broken on purpose")
+            return Broken()
+
+        executor.submit = breaking
+        doomed = llm.stream("doomed", GREEDY)
+        with pytest.raises(RequestError, match="broken on purpose"):
+            list(doomed)
+        assert broken
+        again = llm.generate(["first", "second", "third"], GREEDY)
+        assert [output.token_ids for output in again] == [output.token_ids for output in alone]
+        llm.engine.scheduler.check()
+
+
+class Broken:
+    def result(self) -> StepResult:
+        raise ValueError("broken on purpose")
+
+
+def test_ctrl_c_leaves_the_engine_well(tiny: str) -> None:
+    """SIGINT at random moments of a running generate: pages come back, and the next answer is right."""
+    with LLM(tiny) as llm:
+        expected = llm.generate("x", GREEDY)[0].token_ids
+        long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+        for index in range(8):
+            timer = threading.Timer(0.002 + 0.003 * index, os.kill, (os.getpid(), signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                while True:
+                    llm.generate([[5, index + 3]] * 3, long)
+            timer.join()
+            assert llm.engine.scheduler.unfinished == 0
+            assert llm.generate("x", GREEDY)[0].token_ids == expected
+        llm.engine.scheduler.check()
+        while llm.engine.busy:
+            llm.engine.step()
+        assert llm.engine.scheduler.path.pools[0].available == llm.config.pages - 1
 
 
 async def test_async_equals_offline(engine: AsyncLLM, llm: LLM) -> None:

@@ -420,3 +420,39 @@ def test_the_engine_ends_everything_with_any_number_of_steps_in_flight(depth: in
     assert len(engine.trace) > 0
     engine.scheduler.check()
     engine.close()
+
+
+def test_a_prompt_to_score_needs_room_for_every_token() -> None:
+    scheduler = make(pages=4)
+    prompt = tuple([1] * 13)
+    with pytest.raises(CapacityError, match="13 tokens; at most 12"):
+        scheduler.add(Request(id="s", prompt_ids=prompt, params=SamplingParams(), seed=0, kind="score"))
+
+
+def test_a_static_batch_fills_over_several_steps_and_then_closes() -> None:
+    scheduler = make(policy="static", max_batch_tokens=8, max_sequences=5)
+    for index in range(7):
+        scheduler.add(request(str(index), [1 + index] * 8, 3))
+    batches = []
+    while step := scheduler.plan(0):
+        batches.append(scheduler.running)
+        scheduler.apply(StepResult(step.number, tuple(5 if chunk.samples else NO_TOKEN for chunk in step.chunks)), 0)
+    assert max(batches) == 3, "the first ends after three tokens, which closes the batch"
+    assert batches[-1] >= 1 and not scheduler.unfinished
+
+
+def test_waiting_too_long_is_time_in_the_queue() -> None:
+    scheduler = make(max_sequences=1)
+    scheduler.add(request("late", [1], deadline=5.0, arrival=1.0))
+    (event,) = scheduler.expire(6.0)
+    assert event.timings and (event.timings.queue, event.timings.prefill, event.timings.decode) == (5.0, 0.0, 0.0)
+
+
+def test_finished_sequences_leave_their_deadlines() -> None:
+    scheduler = make()
+    for index in range(500):
+        scheduler.add(request(str(index), [1], 1, deadline=1e9))
+        step = scheduler.plan(0)
+        assert step
+        scheduler.apply(StepResult(step.number, (5,)), 0)
+    assert len(scheduler._deadlines) < 100

@@ -71,13 +71,12 @@ def sample_spec(
     params: SamplingParams, seed: int, sample_index: int, slot: int, choose: bool = True
 ) -> tuple[Any, ...] | None:
     """An entry of a SAMPLE array, or None where the row needs the Python sampler (and `logits_spec`)."""
-    wanted = (params.logprobs, params.prompt_logprobs)
     plain = (
         params.repetition_penalty == 1
         and not (params.presence_penalty or params.frequency_penalty or params.logit_bias or params.banned_tokens)
         and not (params.min_tokens or params.return_logits)
         and params.typical_p == 1
-        and wanted == (None, None)
+        and params.logprobs is None
     )
     if not plain:
         return None
@@ -205,8 +204,8 @@ class NativeOps:
         return weight
 
     def finish_packing(self) -> None:
-        """Wait until all tensors are packed; after this the file is not read any more. Steps that are queued before come
-        after the packing anyway, so this only lets go of the file."""
+        """Wait until all tensors are packed; after this the file is not read any more. Steps come after the packing in
+        any case: this only lets go of the file."""
         if self._sources:
             self._pool.wait()
             self._sources.clear()

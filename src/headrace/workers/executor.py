@@ -20,18 +20,25 @@ class Pending(Protocol):
 class Executor(Protocol):
     def submit(self, step: Step) -> Pending: ...
 
+    def reset(self) -> None:
+        """Wait for what was submitted, whatever becomes of it, and forget every sequence."""
+        ...
+
     def close(self) -> None: ...
 
 
 class ThreadExecutor:
-    """Runs one runner in a thread of its own: for op sets whose calls run at once."""
+    """Runs one runner in a thread of its own: for op sets whose calls run at once. `forget` drops all its sequences."""
 
-    def __init__(self, run: Callable[[Step], StepResult]) -> None:
-        self._run = run
+    def __init__(self, run: Callable[[Step], StepResult], forget: Callable[[], None]) -> None:
+        self._run, self._forget = run, forget
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="headrace-worker")
 
     def submit(self, step: Step) -> Future[StepResult]:
         return self._thread.submit(self._run, step)
+
+    def reset(self) -> None:
+        self._thread.submit(self._forget).result()
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -48,6 +55,9 @@ class NullExecutor:
         now = time.monotonic()
         tokens = tuple(self._token if chunk.samples else NO_TOKEN for chunk in step.chunks)
         return _Answered(StepResult(step.number, tokens, started=now, ended=now))
+
+    def reset(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -13,12 +13,13 @@ from ..types import LATE, Chunk, Request, Step
 class Resident:
     """One sequence on this worker: its tokens as far as they are known here, and its row in the page tables."""
 
-    __slots__ = ("pages", "request", "sampling", "slot", "tokens")
+    __slots__ = ("in_python", "pages", "request", "sampling", "slot", "tokens")
 
     def __init__(self, request: Request, tokens: list[int], slot: int, pools: int) -> None:
         self.request, self.tokens, self.slot = request, tokens, slot
         self.pages: list[list[int]] = [[] for _ in range(pools)]  # in each pool, from position 0 on
         self.sampling: bytes | None = None  # what the runner keeps to sample for it
+        self.in_python = False  # the token of its last chunk is sampled in Python
 
     @property
     def prompt_length(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class NativeRunner:
             self._ops.copy_page(self._caches[transfer.pool], transfer.source, transfer.target)
         rows = self._residents.rows(step)
         for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
-            if chunk.tokens[-1] == LATE and _sampling(resident) is None:
+            if chunk.tokens[-1] == LATE and resident.in_python:
                 self._settle(chunk.late_step)
                 rows.bind(index)
         ticket = self._program.submit(
@@ -69,9 +70,14 @@ class NativeRunner:
         while self._open and self._open[0].number <= number:
             self._open.popleft().result()
 
-    def close(self) -> None:
+    def reset(self) -> None:
         while self._open:
-            self._open.popleft().result()
+            with suppress(Exception):
+                self._open.popleft().result()
+        self._residents.clear()
+
+    def close(self) -> None:
+        self.reset()
 
 
 class _Queued:
@@ -105,10 +111,11 @@ def _sampling(resident: Resident) -> bytes | None:
 
 
 def _samples(rows: Rows) -> np.ndarray:
-    """SAMPLE entries of the step's logit rows."""
+    """SAMPLE entries of the step's logit rows; notes with each sequence who samples its token."""
     entries = []
     for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
         if chunk.logit_rows:
             entry = _sampling(resident) if chunk.logit_rows == 1 and chunk.samples else None
+            resident.in_python = entry is None
             entries.append(entry or _LOGITS * chunk.logit_rows)
     return np.frombuffer(b"".join(entries), SAMPLE)
