@@ -139,9 +139,9 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
     const KvLayout& layout = *call.layout;
     const Scratch scratch(memory, layout.dim);
     const Floats factor = all(score_factor(call));
-    float scaled[kMaxHeadDim];
     for (int i = 0; i < count; ++i) {
         uint32_t* words = scratch.q + i * layout.dim;
+        float scaled[kMaxHeadDim];
         for (int d = 0; d < layout.dim; d += kLanes) {
             const int left = lanes_left(layout.head_dim, d);
             const Floats x = (left == kLanes ? load(q[i] + d) : load_first(q[i] + d, left)) * factor;
@@ -184,100 +184,104 @@ class Fetcher {
 
 // ---- products
 
+// A function of its own, so that its sums and nothing else take the registers.
+#define HEADRACE_APART __attribute__((noinline))
+#define HEADRACE_UNROLL _Pragma("GCC unroll 8")
+
 // scores[query][16 v + lane] = sum over d of q . key, for NV tiles of keys.
 template <class Dot, int NQ, int NV>
-inline void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores, Fetcher& fetcher) {
+HEADRACE_APART void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores, Fetcher& fetcher) {
     Floats acc[NQ][NV];
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
     for (int w = 0; w < words; ++w) {
-        if (w % 8 == 0) fetcher.some();
+        if (NQ < kTileQueries && w % 8 == 0) fetcher.some();  // a full tile of queries keeps the core busy by itself
         Words key[NV];
-        for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
-        for (int i = 0; i < NQ; ++i) {
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
+        HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
             const Words a = all_words(q[i * stride + w]);
-            for (int v = 0; v < NV; ++v) acc[i][v] = Dot::dot(acc[i][v], a, key[v]);
+            HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Dot::dot(acc[i][v], a, key[v]);
         }
     }
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) store(scores + i * kScoreStride + v * kTile, acc[i][v]);
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) store(scores + i * kScoreStride + v * kTile, acc[i][v]);
 }
 
 // out[query][16 v + lane] = sum over `count` tokens of p . value, for NV vectors of value columns.
 template <class Dot, int W, int NQ, int NV>
-inline void value_tile(const uint32_t* p, const uint32_t* const* values, int column, int dim, int count, float* out, Fetcher& fetcher) {
+HEADRACE_APART void value_tile(const uint32_t* p, const uint32_t* const* values, int column, int dim, int count, float* out, Fetcher& fetcher) {
     Floats acc[NQ][NV];
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) acc[i][v] = zero();
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
     auto add = [&](const uint32_t* weights, const uint32_t* row, auto mask) {
         Words value[NV];
-        for (int v = 0; v < NV; ++v) value[v] = mask(load_words(row + v * kLanes));
-        for (int i = 0; i < NQ; ++i) {
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) value[v] = mask(load_words(row + v * kLanes));
+        HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
             const Words a = all_words(weights[i * kScoreStride]);
-            for (int v = 0; v < NV; ++v) acc[i][v] = Dot::dot(acc[i][v], a, value[v]);
+            HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = Dot::dot(acc[i][v], a, value[v]);
         }
     };
     for (int t = 0; t < count; t += kTile) {
-        fetcher.some();
+        if (NQ < kTileQueries) fetcher.some();
         const uint32_t* row = values[t / kTile] + column;
         const int whole = (count - t < kTile ? count - t : kTile) / W;
         for (int w = 0; w < whole; ++w) add(p + t / W + w, row + w * dim, [](Words x) { return x; });
         // The last token's partner in a word is not stored yet: what lies there may be anything, even a NaN.
         if (W == 2 && count - t < kTile && count % 2) add(p + t / W + whole, row + whole * dim, [](Words x) { return low_halves(x); });
     }
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, acc[i][v]);
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, acc[i][v]);
 }
 
 // The same of bytes: exact sums of integers.
 template <int NQ, int NV>
-inline void score_tile_bytes(const uint32_t* q, int stride, int words, const ByteQuery* queries, const uint32_t* const* keys, float* scores,
+HEADRACE_APART void score_tile_bytes(const uint32_t* q, int stride, int words, const ByteQuery* queries, const uint32_t* const* keys, float* scores,
                              Fetcher& fetcher) {
     Words high[NQ][NV], low[NQ][NV];
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) high[i][v] = all_words(0), low[i][v] = all_words(uint32_t(queries[i].bias));
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = all_words(0), low[i][v] = all_words(uint32_t(queries[i].bias));
     for (int w = 0; w < words; ++w) {
         if (w % 4 == 0) fetcher.some();
         Words key[NV];
-        for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
-        for (int i = 0; i < NQ; ++i) {
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
+        HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
             const Words upper = all_words(q[i * stride + w]), lower = all_words(q[i * stride + words + w]);
-            for (int v = 0; v < NV; ++v) {
+            HEADRACE_UNROLL for (int v = 0; v < NV; ++v) {
                 high[i][v] = dot_bytes(high[i][v], key[v], upper);
                 low[i][v] = dot_bytes(low[i][v], key[v], lower);
             }
         }
     }
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v)
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v)
             store(scores + i * kScoreStride + v * kTile, to_floats(shift_left<7>(high[i][v]) + low[i][v]) * all(queries[i].scale));
 }
 
 // out = factor * sum of (256 high + low) * value.
 template <int NQ, int NV>
-inline void value_tile_bytes(const uint8_t* p, const float* factors, const uint32_t* const* values, int column, int dim, int tiles, float* out,
+HEADRACE_APART void value_tile_bytes(const uint8_t* p, const float* factors, const uint32_t* const* values, int column, int dim, int tiles, float* out,
                              Fetcher& fetcher) {
     Words high[NQ][NV], low[NQ][NV];
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
     for (int t = 0; t < tiles; ++t) {
         fetcher.some();
         const uint32_t* row = values[t] + column;
         for (int w = 0; w < kTile / 4; ++w, row += dim) {
             Words value[NV];
-            for (int v = 0; v < NV; ++v) value[v] = load_words(row + v * kLanes);
-            for (int i = 0; i < NQ; ++i) {
+            HEADRACE_UNROLL for (int v = 0; v < NV; ++v) value[v] = load_words(row + v * kLanes);
+            HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
                 const uint32_t* weights = (const uint32_t*)(p + i * 2 * kSplit) + t * (kTile / 4) + w;
                 const Words upper = all_words(weights[0]), lower = all_words(weights[kSplit / 4]);
-                for (int v = 0; v < NV; ++v) {
+                HEADRACE_UNROLL for (int v = 0; v < NV; ++v) {
                     high[i][v] = dot_bytes(high[i][v], upper, value[v]);
                     low[i][v] = dot_bytes(low[i][v], lower, value[v]);
                 }
             }
         }
     }
-    for (int i = 0; i < NQ; ++i)
-        for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, to_floats(shift_left<8>(high[i][v]) + low[i][v]) * all(factors[i]));
+    HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, to_floats(shift_left<8>(high[i][v]) + low[i][v]) * all(factors[i]));
 }
 
 // Calls f with a constant number of queries for each register tile of `count` of them; a tile has at most Most.
