@@ -244,7 +244,7 @@ class PyProgram {
         if (samples.size() != size_t(step->logits()) * sizeof(SampleSpec))
             throw std::invalid_argument(std::to_string(samples.size()) + " bytes of sample specs for " + std::to_string(step->logits()) + " rows of logits");
         step->samples.resize(size_t(step->logits()));
-        std::memcpy(step->samples.data(), samples.data(), samples.size());
+        if (samples.size() > 0) std::memcpy(step->samples.data(), samples.data(), samples.size());
         if (hidden) step->hidden.assign(hidden->data(), hidden->data() + hidden->size());
         if (timed) step->seconds.resize(program_->instructions());
         make_room(*step);
@@ -395,7 +395,5 @@ NB_MODULE(_native, m) {
         .def("take_rows", &PyProgram::take_rows)
         .def("finish", &PyProgram::finish)
         .def("submit", &PyProgram::submit, nb::keep_alive<0, 1>(), "tokens"_a, "positions"_a, "chunk_rows"_a, "logit_rows"_a, "groups"_a, "samples"_a, "hidden"_a.none(), "timed"_a);
-#if __has_include("bind_matrix.cpp")
     bind_matrix(m);
-#endif
 }

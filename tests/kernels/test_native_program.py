@@ -256,4 +256,4 @@ def test_settings_out_of_bounds_are_refused() -> None:
     with pytest.raises(ValueError, match="bytes"):
         native._native.pack(native._native.Pool(1), "Q8_0", 16, 64, np.zeros(7, np.uint8), None)
     with pytest.raises(RuntimeError, match="capture"):
-        ops.embed(native._native.pack(native._native.Pool(1), "F32", 1, 1, np.zeros(4, np.uint8), None), None)
+        ops.embed(ops.pack(tensor(np.zeros((1, 1), np.float32))), None)

@@ -210,6 +210,10 @@ class NativeOps:
             self._pool.wait()
             self._sources.clear()
 
+    def __del__(self) -> None:
+        if getattr(self, "_sources", None):  # the pool may still be reading them
+            self.finish_packing()
+
     def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> np.ndarray:
         values = np.array(tensor.decode(), np.float32)
         return values if row_order is None else values[row_order]
