@@ -156,24 +156,30 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 
 // ---- reading ahead
 
-// Fetches what the next unit reads, a little at a time, so that memory is busy while this one computes.
+// Fetches what the next unit reads, a little at a time, so that memory is busy while this one computes. Newest keys come first:
+// the next unit writes among them.
 class Fetcher {
   public:
-    Fetcher(const AttentionCall& call, const Ahead& ahead) : call_(call), ahead_(ahead), position_(ahead.first / kTile * kTile) {}
+    Fetcher(const AttentionCall& call, const Ahead& ahead) : call_(call), ahead_(ahead), position_((ahead.past - 1) / kTile * kTile) {
+        if (ahead.past == ahead.first) position_ = -1;
+    }
 
     void some() {
-        if (position_ >= ahead_.past) return;
+        if (position_ < 0) return;
+        const KvLayout& layout = *call_.layout;
         if (at_ == 0) {
-            const int page_size = call_.layout->page_size, page = position_ / page_size;
-            tile_ = kv_tile(*call_.layout, call_.cache, int64_t(ahead_.pages[page]) * page_size + position_ % page_size, ahead_.kv_head);
+            const int page = position_ / layout.page_size;
+            tile_ = kv_tile(layout, call_.cache, int64_t(ahead_.pages[page]) * layout.page_size + position_ % layout.page_size, ahead_.kv_head);
         }
-        for (int line = 0; line < kLines; ++line) prefetch(tile_ + at_ + line * 64);
-        at_ += kLines * 64;
-        if (at_ >= call_.layout->tile_bytes) at_ = 0, position_ += kTile;
+        const size_t past = at_ + kBytes < layout.tile_bytes ? at_ + kBytes : layout.tile_bytes;
+        for (; at_ < past; at_ += 64) prefetch(tile_ + at_);
+        if (past < layout.tile_bytes) return;
+        at_ = 0;
+        position_ = position_ > ahead_.first ? position_ - kTile : -1;
     }
 
   private:
-    static constexpr int kLines = 16;
+    static constexpr size_t kBytes = 32 * 64;
 
     const AttentionCall& call_;
     const Ahead& ahead_;
