@@ -27,6 +27,8 @@ using namespace headrace;
 
 namespace {
 
+const char* const recipe_names[] = {"group", "shifted", "row", "bf16", "f32"};
+
 struct Free { void operator()(void* p) const { std::free(p); } };
 template <class T> using Buffer = std::unique_ptr<T[], Free>;
 template <class T> Buffer<T> buffer(size_t count) {
@@ -88,9 +90,9 @@ struct Input {
     // Input k of a row as the product sees it.
     double value(int64_t row, int64_t k) const {
         const uint8_t* p = prepared.row(row);
-        if (prepared.recipe == Recipe::group) {
+        if (prepared.recipe == Recipe::group || prepared.recipe == Recipe::shifted) {
             const GroupBlock& block = reinterpret_cast<const GroupBlock*>(p)[k / 32];
-            return double(block.codes[k % 32]) * block.scale;
+            return double(block.codes[k % 32]) * block.scale + block.offset;
         }
         if (prepared.recipe == Recipe::row) return double(reinterpret_cast<const int8_t*>(p + sizeof(RowHead))[k]) * reinterpret_cast<const RowHead*>(p)->scale;
         if (prepared.recipe == Recipe::f32) return reinterpret_cast<const float*>(p)[k];
@@ -108,12 +110,12 @@ void expect(bool good, const char* what, const char* format, const char* isa, do
     failures++;
 }
 
-void check_format(Format format, bool per_row, int64_t rows, int64_t cols, std::mt19937& random) {
+void check_format(Format format, Recipe quantised, int64_t rows, int64_t cols, std::mt19937& random) {
     constexpr int64_t most = 160;
     const char* name = format_name(format);
     const std::vector<uint8_t> source = random_rows(format, rows, cols, random);
     const Packed packed(format, rows, cols, source.data());
-    const Recipe recipe = recipe_of(format, per_row);
+    const Recipe recipe = recipe_of(format, quantised);
     std::vector<float> x, bias, w;
     x.resize(size_t(most * cols)), bias.resize(size_t(rows)), w.resize(size_t(rows * cols));
     std::normal_distribution<float> normal;
@@ -173,16 +175,17 @@ void check_format(Format format, bool per_row, int64_t rows, int64_t cols, std::
 int check() {
     std::mt19937 random(1);
     for (int f = 0; f < format_count; f++)
-        for (const bool per_row : {false, true}) {
+        for (const Recipe quantised : {Recipe::group, Recipe::shifted, Recipe::row}) {
             const Format format = Format(f);
-            if (per_row && recipe_of(format, true) != Recipe::row) continue;
+            const Recipe recipe = recipe_of(format, quantised);
+            if (recipe != quantised && quantised != Recipe::group) continue;
             const int64_t block = block_cols(format);
             const int before = failures;
-            if (block == 1) check_format(format, per_row, 37, 61, random), check_format(format, per_row, 16, 20, random);
-            check_format(format, per_row, 50, block == 256 ? 768 : 672, random);
-            check_format(format, per_row, 33, block == 256 ? 256 : 32, random);
-            check_format(format, per_row, 80, block == 256 ? 1280 : 1312, random);
-            std::printf("%-7s %s %s\n", format_name(Format(f)), per_row ? "row  " : "group", failures == before ? "ok" : "FAILED");
+            if (block == 1) check_format(format, quantised, 37, 61, random), check_format(format, quantised, 16, 20, random);
+            check_format(format, quantised, 50, block == 256 ? 768 : 672, random);
+            check_format(format, quantised, 33, block == 256 ? 256 : 32, random);
+            check_format(format, quantised, 80, block == 256 ? 1280 : 1312, random);
+            std::printf("%-7s %-7s %s\n", format_name(format), recipe_names[int(recipe)], failures == before ? "ok" : "FAILED");
         }
     return failures != 0;
 }
@@ -272,7 +275,7 @@ double dot_peak(Threads&) { return 0; }
 
 struct Shape { Format format; int64_t rows, cols; bool head; };
 
-void time_model(const char* title, const std::vector<Shape>& shapes, Threads& threads, Isa isa, bool per_row) {
+void time_model(const char* title, const std::vector<Shape>& shapes, Threads& threads, Isa isa, Recipe quantised) {
     std::mt19937 random(2);
     const Kernels& k = kernels(isa);
     std::vector<Packed> packed;
@@ -290,7 +293,7 @@ void time_model(const char* title, const std::vector<Shape>& shapes, Threads& th
         bytes += whole.matrix.bytes();
         packed.push_back(std::move(whole));
     }
-    std::printf("%s: %.1f MB, %d threads, %s%s\n", title, double(bytes) / 1e6, threads.count, isa_name(isa), per_row ? ", int8 per row" : "");
+    std::printf("%s: %.1f MB, %d threads, %s, %s\n", title, double(bytes) / 1e6, threads.count, isa_name(isa), recipe_names[int(quantised)]);
     const auto ceiling = buffer<uint8_t>(256 << 20);
     std::memset(ceiling.get(), 1, 256 << 20);
     for (const int64_t rows : {1, 2, 4, 8, 16, 32, 64, 128, 512}) {
@@ -306,7 +309,7 @@ void time_model(const char* title, const std::vector<Shape>& shapes, Threads& th
         }
         std::vector<std::pair<int64_t, Recipe>> kinds;
         auto input_of = [&](const Shape& s) -> Input& {
-            const std::pair<int64_t, Recipe> kind{s.cols, recipe_of(s.format, per_row)};
+            const std::pair<int64_t, Recipe> kind{s.cols, recipe_of(s.format, quantised)};
             for (size_t i = 0; i < kinds.size(); i++)
                 if (kinds[i] == kind) return inputs[i];
             kinds.push_back(kind);
@@ -333,7 +336,7 @@ void time_model(const char* title, const std::vector<Shape>& shapes, Threads& th
     }
 }
 
-int time(int count, Isa isa, bool per_row, Format layers, const std::string& which) {
+int time(int count, Isa isa, Recipe quantised, Format layers, const std::string& which) {
     Threads threads(count);
     if (which != "1b") {
         std::vector<Shape> small;
@@ -341,7 +344,7 @@ int time(int count, Isa isa, bool per_row, Format layers, const std::string& whi
             for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{960, 576}, {576, 576}, {3072, 576}, {576, 1536}})
                 small.push_back({layers == Format::Q4_0 ? Format::Q4_1 : layers, rows, cols, false});
         small.push_back({Format::Q8_0, 49152, 576, true});
-        time_model("SmolLM2-135M", small, threads, isa, per_row);
+        time_model("SmolLM2-135M", small, threads, isa, quantised);
     }
     if (which != "135m") {
         std::vector<Shape> large;
@@ -349,7 +352,7 @@ int time(int count, Isa isa, bool per_row, Format layers, const std::string& whi
             for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{3072, 2048}, {2048, 2048}, {16384, 2048}, {2048, 8192}})
                 large.push_back({layers, rows, cols, false});
         large.push_back({Format::Q8_0, 49152, 2048, true});
-        time_model("1B shape", large, threads, isa, per_row);
+        time_model("1B shape", large, threads, isa, quantised);
     }
     return 0;
 }
@@ -363,18 +366,19 @@ int main(int count, char** words) {
     if (const char* name = std::getenv("HEADRACE_ISA"))
         if (const auto chosen = isa_from_name(name); chosen && isa_runs(*chosen)) isa = *chosen;
     Format layers = Format::Q4_0;
-    bool per_row = false;
+    Recipe quantised = Recipe::group;
     std::string which;
     int threads = 2;
     for (int i = 2; i < count; i++) {
         const std::string word = words[i];
         for (int f = 0; f < format_count; f++)
             if (word == format_name(Format(f))) layers = Format(f);
-        if (word == "row") per_row = true;
+        if (word == "row") quantised = Recipe::row;
+        else if (word == "shifted") quantised = Recipe::shifted;
         else if (word == "135m" || word == "1b") which = word;
         else if (std::isdigit(word[0])) threads = std::max(1, std::atoi(word.c_str()));
     }
-    if (mode == "time") return time(threads, isa, per_row, layers, which);
-    std::puts("usage: headrace_matrix_bench check | time [THREADS] [FORMAT of the layers] [row] [135m | 1b]");
+    if (mode == "time") return time(threads, isa, quantised, layers, which);
+    std::puts("usage: headrace_matrix_bench check | time [THREADS] [FORMAT of the layers] [shifted | row] [135m | 1b]");
     return 2;
 }

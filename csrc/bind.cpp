@@ -140,30 +140,30 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
-    void linear(int x, const std::vector<std::tuple<PyWeight, std::optional<Vector<float>>, int, bool>>& parts, const Norm& norm, bool gathered, bool per_row) {
+    void linear(int x, const std::vector<std::tuple<PyWeight, std::optional<Vector<float>>, int, bool>>& parts, const Norm& norm, bool gathered, const std::string& recipe) {
         auto instruction = std::make_unique<Linear>();
         instruction->input = input(x, norm, gathered);
-        for (const auto& [weight, bias, out, accumulate] : parts) instruction->parts.push_back(weighted(instruction->input, weight, bias, out, accumulate, per_row));
+        for (const auto& [weight, bias, out, accumulate] : parts) instruction->parts.push_back(weighted(instruction->input, weight, bias, out, accumulate, recipe));
         need(instruction->input);
         program_->add(std::move(instruction));
     }
 
     void gated(int x, const PyWeight& gate, std::optional<Vector<float>> gate_bias, const PyWeight& up, std::optional<Vector<float>> up_bias, int out, const Norm& norm,
-               bool per_row) {
+               const std::string& recipe) {
         auto instruction = std::make_unique<Gated>();
         instruction->input = input(x, norm, false);
-        instruction->gate = weighted(instruction->input, gate, gate_bias, out, false, per_row);
-        instruction->up = weighted(instruction->input, up, up_bias, out, false, per_row);
+        instruction->gate = weighted(instruction->input, gate, gate_bias, out, false, recipe);
+        instruction->up = weighted(instruction->input, up, up_bias, out, false, recipe);
         instruction->out = out;
         need(instruction->input);
         program_->need_tile(Gated::tile_floats());
         program_->add(std::move(instruction));
     }
 
-    void head(int x, const PyWeight& weight, std::optional<Vector<float>> bias, int logits, const Norm& norm, bool gathered, bool per_row) {
+    void head(int x, const PyWeight& weight, std::optional<Vector<float>> bias, int logits, const Norm& norm, bool gathered, const std::string& recipe) {
         auto instruction = std::make_unique<Head>();
         instruction->input = input(x, norm, gathered);
-        instruction->weight = weighted(instruction->input, weight, bias, logits, false, per_row);
+        instruction->weight = weighted(instruction->input, weight, bias, logits, false, recipe);
         instruction->logits = logits;
         need(instruction->input);
         program_->need_tile(Head::tile_floats());
@@ -275,7 +275,7 @@ class PyProgram {
         return out;
     }
 
-    Weighted weighted(ProductInput& input, const PyWeight& weight, const std::optional<Vector<float>>& bias, int out, bool accumulate, bool per_row) {
+    Weighted weighted(ProductInput& input, const PyWeight& weight, const std::optional<Vector<float>>& bias, int out, bool accumulate, const std::string& recipe) {
         const PackedMatrix& matrix = weight.weight->matrix;
         expect(matrix.cols == input.cols, "weight's input", matrix.cols, input.cols);
         expect(matrix.rows == width(out), "weight's output", matrix.rows, width(out));
@@ -284,10 +284,10 @@ class PyProgram {
             expect(int64_t(bias->size()) == matrix.rows, "bias", (long long)bias->size(), matrix.rows);
             part.bias = program_->keep(copy(*bias));
         }
-        const Recipe recipe = recipe_of(matrix.format, per_row);
-        auto found = std::find(input.recipes.begin(), input.recipes.end(), recipe);
+        const Recipe chosen = recipe_of(matrix.format, quantised_recipe(recipe));
+        auto found = std::find(input.recipes.begin(), input.recipes.end(), chosen);
         part.recipe = int(found - input.recipes.begin());
-        if (found == input.recipes.end()) input.recipes.push_back(recipe);
+        if (found == input.recipes.end()) input.recipes.push_back(chosen);
         return part;
     }
 
@@ -383,9 +383,9 @@ NB_MODULE(_native, m) {
         .def("slot", &PyProgram::slot)
         .def("angles", &PyProgram::angles)
         .def("embed", &PyProgram::embed)
-        .def("linear", &PyProgram::linear, "x"_a, "parts"_a, "norm"_a.none(), "gathered"_a, "per_row"_a)
-        .def("gated", &PyProgram::gated, "x"_a, "gate"_a, "gate_bias"_a.none(), "up"_a, "up_bias"_a.none(), "out"_a, "norm"_a.none(), "per_row"_a)
-        .def("head", &PyProgram::head, "x"_a, "weight"_a, "bias"_a.none(), "logits"_a, "norm"_a.none(), "gathered"_a, "per_row"_a)
+        .def("linear", &PyProgram::linear, "x"_a, "parts"_a, "norm"_a.none(), "gathered"_a, "recipe"_a)
+        .def("gated", &PyProgram::gated, "x"_a, "gate"_a, "gate_bias"_a.none(), "up"_a, "up_bias"_a.none(), "out"_a, "norm"_a.none(), "recipe"_a)
+        .def("head", &PyProgram::head, "x"_a, "weight"_a, "bias"_a.none(), "logits"_a, "norm"_a.none(), "gathered"_a, "recipe"_a)
         .def("rms_norm", &PyProgram::rms_norm)
         .def("rope", &PyProgram::rope)
         .def("kv_write", &PyProgram::kv_write)

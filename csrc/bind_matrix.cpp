@@ -54,14 +54,14 @@ Result values(const std::string& format, int64_t rows, int64_t cols, const Bytes
     return result(std::move(out), size_t(rows), size_t(cols));
 }
 
-Result product(const std::string& isa_wanted, const std::string& format, bool per_row, int64_t rows, const Bytes& source, const Rows& x, int64_t rows_at_once,
+Result product(const std::string& isa_wanted, const std::string& format, const std::string& quantised, int64_t rows, const Bytes& source, const Rows& x, int64_t rows_at_once,
                int64_t tiles_at_once) {
     const std::optional<Isa> isa = isa_from_name(isa_wanted);
     if (!isa || !isa_runs(*isa)) throw std::invalid_argument("this machine does not run '" + isa_wanted + "'");
     const Kernels& set = kernels(*isa);
     const int64_t count = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
     const Packed packed(format, rows, cols, source, std::nullopt);
-    const Recipe recipe = recipe_of(packed.matrix.format, per_row);
+    const Recipe recipe = recipe_of(packed.matrix.format, quantised_recipe(quantised));
     const Memory memory(activation_bytes(recipe, count, cols));
     const Activation input = activation(recipe, count, cols, memory.data());
     for (int64_t row = 0; row < count; row++) set.quantise_row(input, row, x.data() + row * cols);
@@ -77,7 +77,7 @@ Result product(const std::string& isa_wanted, const std::string& format, bool pe
 
 void bind_matrix(nb::module_& module) {
     module.def("matrix_values", &values, "format"_a, "rows"_a, "cols"_a, "source"_a, "row_order"_a.none());
-    module.def("matrix_product", &product, "isa"_a, "format"_a, "per_row"_a, "rows"_a, "source"_a, "x"_a, "rows_at_once"_a, "tiles_at_once"_a);
+    module.def("matrix_product", &product, "isa"_a, "format"_a, "recipe"_a, "rows"_a, "source"_a, "x"_a, "rows_at_once"_a, "tiles_at_once"_a);
 }
 
 }  // namespace headrace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "matrix_layout.h"
 
@@ -330,10 +331,16 @@ int64_t block_cols(Format format) {
 
 size_t source_row_bytes(Format format, int64_t cols) { return size_t(cols / block_cols(format)) * size_t(block_bytes(format)); }
 
-Recipe recipe_of(Format format, bool per_row) {
+Recipe recipe_of(Format format, Recipe quantised) {
     if (format == Format::BF16) return Recipe::bf16;
-    if (is_float(format)) return Recipe::f32;
-    return per_row ? Recipe::row : Recipe::group;
+    return is_float(format) ? Recipe::f32 : quantised;
+}
+
+Recipe quantised_recipe(const std::string& name) {
+    if (name == "group") return Recipe::group;
+    if (name == "shifted") return Recipe::shifted;
+    if (name == "row") return Recipe::row;
+    throw std::invalid_argument("unknown recipe '" + name + "'");
 }
 
 size_t packed_bytes(Format format, int64_t rows, int64_t cols) { return packed_matrix(format, rows, cols, nullptr).bytes(); }
@@ -400,7 +407,7 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
 namespace {
 int64_t row_size(Recipe recipe, int64_t cols) {
     switch (recipe) {
-        case Recipe::group: return cols / 32 * int64_t(sizeof(GroupBlock));
+        case Recipe::group: case Recipe::shifted: return cols / 32 * int64_t(sizeof(GroupBlock));
         case Recipe::row: return int64_t(sizeof(RowHead)) + (cols + 63) / 64 * 64;
         case Recipe::bf16: return (cols + 31) / 32 * 64;
         case Recipe::f32: return (cols + 15) / 16 * 64;

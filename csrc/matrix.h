@@ -11,6 +11,10 @@
 //                      acc = fma(d * s, sum of (q - offset) * code, acc)
 //                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half, both minima first. The integer sums are exact:
 //                  the result has the same bits on every instruction set.
+//   Recipe::shifted as group, but the codes are of x - o, o being the middle of the group's range, 0.5 * (max x + min x): half the error where
+//                  a group has outliers, for a tenth more time. Before a group's other sums, acc = fma(W, o, acc), where W is the sum of
+//                  the group's weights: d * (sum of (q - offset)), or fma(d, sum of q, 32 * m); with halves fma(d1, sum1, d0 * sum0), or
+//                  fma(d1, sum1, fma(d0, sum0, 16 * (m0 + m1))).
 //   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| * (1 / 127f); codes as above. Weights: int8 too, the
 //                  file's values in steps of their row's D = max|w| / 126: with f = round(d * (256 / D)) and
 //                  a = round(m * (256 / D)) - offset * f, w8 = floor((q * f + a + 128) / 256). y = float(sum of w8 * code) * (D * s).
@@ -24,6 +28,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "isa.h"
 
@@ -34,7 +39,7 @@ enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K
 constexpr int format_count = 14;
 const char* format_name(Format format);
 
-enum class Recipe : uint8_t { group, row, bf16, f32 };
+enum class Recipe : uint8_t { group, shifted, row, bf16, f32 };
 
 constexpr int64_t tile_rows = 16;
 
@@ -46,8 +51,10 @@ int64_t block_cols(Format format);
 // Bytes of one row of `cols` weights in the file.
 size_t source_row_bytes(Format format, int64_t cols);
 
-// The recipe that goes with a format; `per_row` asks for the opt-in one (no effect on F32, F16, BF16).
-Recipe recipe_of(Format format, bool per_row = false);
+// The recipe that goes with a format, where `quantised` (group, shifted or row) is wanted for the quantised ones.
+Recipe recipe_of(Format format, Recipe quantised = Recipe::group);
+// "group", "shifted" or "row"; throws std::invalid_argument for other names.
+Recipe quantised_recipe(const std::string& name);
 
 struct PackedMatrix {
     Format format;
@@ -80,13 +87,14 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 
 constexpr int scale_bits = 3;
 
-// 32 inputs of one row (Recipe::group). Kernels read it as a stream.
+// 32 inputs of one row (Recipe::group, Recipe::shifted). Kernels read it as a stream.
 struct GroupBlock {
     int8_t codes[32];
     float scale;         // s
     float sum;           // s * sum of codes
     int32_t minus8;      // -8 * sum of codes
     int32_t minus8_low;  // -8 * sum of the first 16 codes
+    float offset;        // o; 0 in Recipe::group
 };
 
 // One row's head (Recipe::row); its codes follow.
@@ -97,7 +105,7 @@ struct RowHead {
 };
 
 // Rows of x ready for products, in memory of the caller's (activation_bytes, 64-byte aligned).
-//   group: GroupBlock [rows][cols / 32]                 row: RowHead, int8 codes [cols] for each row
+//   group, shifted: GroupBlock [rows][cols / 32]        row: RowHead, int8 codes [cols] for each row
 //   bf16:  uint16 [rows][cols, padded to 32 with 0]     f32: float [rows][cols, padded to 16 with 0]
 struct Activation {
     Recipe recipe;

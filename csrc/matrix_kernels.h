@@ -166,9 +166,25 @@ inline Floats add_minima(Floats acc, const Floats (&m)[2], const GroupBlock& x) 
     else return acc;
 }
 
+// W of Recipe::shifted.
+template <Format format>
+inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats (&m)[2]) {
+    constexpr Layout layout = layout_of(format);
+    constexpr bool wide = wide_codes<format>;
+    constexpr int count = layout.halves ? 16 : 32;
+    const Ints from = all_ints(wide && wide_dot_is_signed ? 0 : -layout.offset * count);
+    Ints sums[2] = {from, from};
+    for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
+    Floats total;
+    if constexpr (layout.has_min()) total = fused(d[0], to_floats(sums[0]), all(float(count)) * (layout.halves ? m[0] + m[1] : m[0]));
+    else total = d[0] * to_floats(sums[0]);
+    if constexpr (layout.halves) total = fused(d[1], to_floats(sums[1]), total);
+    return total;
+}
+
 // ---- few rows
 
-template <Format format, int R>
+template <Format format, bool shifted, int R>
 __attribute__((noinline)) void direct_tile(const uint8_t* tile, int64_t groups, const uint8_t* x, int64_t stride, const Output& out) {
     constexpr Layout layout = layout_of(format);
     constexpr bool wide = wide_codes<format>;
@@ -183,9 +199,12 @@ __attribute__((noinline)) void direct_tile(const uint8_t* tile, int64_t groups, 
             Floats d[2], m[2];
             unpack_codes<format>(super + g * layout.group_bytes(), w);
             load_scales<format>(super, g, d, m);
+            Floats whole;
+            if constexpr (shifted) whole = weight_sum<format>(w, d, m);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const GroupBlock& block = *reinterpret_cast<const GroupBlock*>(x + r * stride);
+                if constexpr (shifted) acc[r] = fused(whole, all(block.offset), acc[r]);
                 acc[r] = add_minima<format>(acc[r], m, block);
                 Ints sum = start<format>(layout.halves ? block.minus8_low : block.minus8);
 #pragma GCC unroll 8
@@ -203,13 +222,13 @@ __attribute__((noinline)) void direct_tile(const uint8_t* tile, int64_t groups, 
     for (int r = 0; r < R; r++) out.put(r, acc[r]);
 }
 
-template <Format format>
+template <Format format, bool shifted>
 void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
     const PackedMatrix& w = *p.weight;
     for (int64_t tile = tile0; tile < tile1; tile++)
         even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
             with_rows<direct_rows>(int(count), [&]<int R>() {
-                direct_tile<format, R>(w.data + size_t(tile) * w.tile_bytes, w.cols / 32, p.x->row(row0 + first), p.x->row_bytes,
+                direct_tile<format, shifted, R>(w.data + size_t(tile) * w.tile_bytes, w.cols / 32, p.x->row(row0 + first), p.x->row_bytes,
                                        Output(p, row0 + first, tile));
             });
         });
@@ -224,7 +243,7 @@ constexpr int scale_classes = 1 << (scale_bits - 1);  // significands of an acti
 // The scales and minima of a block of inputs of two tiles. Without halves, scale[c] holds d * s of each class of s, less the bits of s's
 // significand, so that adding the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication
 // has none. An integer addition cannot keep zero: `nonzero` tells the outputs whose d is not.
-template <Format format>
+template <Format format, bool shifted>
 struct BlockScales {
     static constexpr Layout layout = layout_of(format);
     static constexpr int rows = layout.halves ? 2 : scale_classes;
@@ -232,6 +251,7 @@ struct BlockScales {
     struct Minima { float m[2][layout.halves ? 2 : 1][16]; };
     alignas(64) Group group[block_groups];
     alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
+    alignas(64) float whole[shifted ? block_groups : 1][2][16];  // W
     __mmask16 nonzero[block_groups][2];
 };
 
@@ -244,15 +264,21 @@ inline __m512i broadcast(const float* p) {
 
 inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
 
-template <Format format>
-void read_scales(BlockScales<format>& to, int t, const uint8_t* tile, int64_t group0, int groups) {
+template <Format format, bool shifted>
+void read_scales(BlockScales<format, shifted>& to, int t, const uint8_t* tile, int64_t group0, int groups) {
     constexpr Layout layout = layout_of(format);
     int in_super = int(group0 % layout.groups);
     const uint8_t* super = super_at<format>(tile, group0);
     for (int g = 0; g < groups; g++) {
         if (in_super == layout.groups) super += layout.super_bytes(), in_super = 0;
         Floats d[2], m[2];
-        load_scales<format>(super, in_super++, d, m);
+        load_scales<format>(super, in_super, d, m);
+        if constexpr (shifted) {
+            Codes w[8];
+            unpack_codes<format>(super + in_super * layout.group_bytes(), w);
+            store(to.whole[g][t], weight_sum<format>(w, d, m));
+        }
+        in_super++;
         if constexpr (layout.halves) {
             for (int h = 0; h < 2; h++) store(to.group[g].scale[t][h], d[h]);
         } else {
@@ -287,8 +313,8 @@ struct Ahead {
 
 // Adds `groups` groups from group0 on of two tiles to the sums of R rows. The sums start at 0 where this is the first block of inputs, and go
 // to `out` where it is the last; between blocks they wait in `partial`.
-template <Format format, int R>
-__attribute__((noinline)) void run_rows(const BlockScales<format>& scales, const uint8_t* tile, int64_t tile_bytes, int64_t group0, int groups,
+template <Format format, bool shifted, int R>
+__attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scales, const uint8_t* tile, int64_t tile_bytes, int64_t group0, int groups,
                                         const uint8_t* x, int64_t stride, float* partial, bool first, bool last, const Output (&out)[2],
                                         Ahead& ahead) {
     constexpr Layout layout = layout_of(format);
@@ -309,6 +335,11 @@ __attribute__((noinline)) void run_rows(const BlockScales<format>& scales, const
         auto block = [&](int r) -> const GroupBlock& {
             return *reinterpret_cast<const GroupBlock*>(r < 3 ? x + r * stride : upper + (r - 3) * stride);
         };
+        if constexpr (shifted) {
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                for (int t = 0; t < 2; t++) acc[r][t] = fused(load(scales.whole[g][t]), all(block(r).offset), acc[r][t]);
+        }
         if constexpr (layout.has_min()) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
@@ -371,23 +402,23 @@ __attribute__((noinline)) void run_rows(const BlockScales<format>& scales, const
 }
 
 // Two tiles; `next` is the packed bytes that will be wanted after them.
-template <Format format>
+template <Format format, bool shifted>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
-    BlockScales<format> scales;
+    BlockScales<format, shifted> scales;
     alignas(64) float partial[partial_rows * 2 * 16];
     const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
     const int64_t blocks = (groups + block_groups - 1) / block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
-        for (int t = 0; t < 2; t++) read_scales<format>(scales, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
+        for (int t = 0; t < 2; t++) read_scales<format, shifted>(scales, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
         Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
                                    (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<block_rows>(int(count), [&]<int R>() {
-                run_rows<format, R>(scales, packed, int64_t(w.tile_bytes), group0, int(group1 - group0),
+                run_rows<format, shifted, R>(scales, packed, int64_t(w.tile_bytes), group0, int(group1 - group0),
                                     p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes, partial + first * 2 * 16, b == 0,
                                     b + 1 == blocks, out, ahead);
             });
@@ -534,16 +565,20 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
 
 template <Format format>
 void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
-    const bool by_row = p.x->recipe == Recipe::row;
-    const auto direct = by_row ? multiply_direct_by_row<format> : multiply_direct<format>;
+    const Recipe recipe = p.x->recipe;
+    const auto direct = recipe == Recipe::row       ? multiply_direct_by_row<format>
+                        : recipe == Recipe::shifted ? multiply_direct<format, true>
+                                                    : multiply_direct<format, false>;
 #if defined(__AVX512VNNI__)
     if (row1 - row0 >= blocked_from) {
+        const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
+                             : recipe == Recipe::shifted ? multiply_blocked<format, true>
+                                                         : multiply_blocked<format, false>;
         const PackedMatrix& w = *p.weight;
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2)
-                (by_row ? multiply_blocked_by_row<format> : multiply_blocked<format>)(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
+            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
             direct(p, from, to, tile, tile1);
         });
         return;
@@ -630,10 +665,19 @@ void multiply_float(const Product& p, int64_t row0, int64_t row1, int64_t tile0,
 
 inline void quantise_group_row(const Activation& a, int64_t row, const float* x) {
     GroupBlock* block = reinterpret_cast<GroupBlock*>(a.row(row));
+    const bool shifted = a.recipe == Recipe::shifted;
     for (int64_t k = 0; k < a.cols; k += 32, x += 32, block++) {
-        const Floats low = load(x), high = load(x + 16);
-        float scale = greatest(max(absolute(low), absolute(high))) * (1 / 127.4f);
-        scale = std::min(std::max(scale, 0x1p-64f), 0x1p64f);
+        Floats low = load(x), high = load(x + 16);
+        float offset = 0, size;
+        if (shifted) {
+            const float most = greatest(max(low, high)), least = -greatest(all(0) - min(low, high));
+            offset = 0.5f * (most + least);
+            size = std::max(most - offset, offset - least);
+            low = low - all(offset), high = high - all(offset);
+        } else {
+            size = greatest(max(absolute(low), absolute(high)));
+        }
+        float scale = std::min(std::max(size * (1 / 127.4f), 0x1p-64f), 0x1p64f);
         uint32_t bits;
         std::memcpy(&bits, &scale, 4);
         constexpr uint32_t below = (1u << (24 - scale_bits)) - 1;
@@ -644,6 +688,7 @@ inline void quantise_group_row(const Activation& a, int64_t row, const float* x)
         const auto [low_total, high_total] = store_and_sum(block->codes, low_codes, high_codes);
         const int32_t total = low_total + high_total;
         block->scale = scale, block->sum = scale * float(total), block->minus8 = -8 * total, block->minus8_low = -8 * low_total;
+        block->offset = offset;
     }
 }
 
@@ -678,7 +723,7 @@ inline void copy_row(const Activation& a, int64_t row, const float* x) {
 
 void quantise_row(const Activation& a, int64_t row, const float* x) {
     switch (a.recipe) {
-        case Recipe::group: return quantise_group_row(a, row, x);
+        case Recipe::group: case Recipe::shifted: return quantise_group_row(a, row, x);
         case Recipe::row: return quantise_whole_row(a, row, x);
         case Recipe::bf16: return round_row(a, row, x);
         case Recipe::f32: return copy_row(a, row, x);

@@ -15,6 +15,7 @@ if native.missing() is not None:
 NATIVE = native._native
 ISAS = NATIVE.supported_isas
 FORMATS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+RECIPES = ["group", "shifted", "row"]
 SCALES_AT = {
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),
@@ -54,11 +55,18 @@ def product(
     rows: int,
     source: np.ndarray,
     x: np.ndarray,
-    per_row: bool = False,
+    recipe: str = "group",
     cut: tuple[int, int] = (512, 64),
 ) -> np.ndarray:
     """x @ weight.T, computed in pieces of `cut` rows and tiles."""
-    return NATIVE.matrix_product(isa, name, per_row, rows, source, x, *cut)
+    return NATIVE.matrix_product(isa, name, recipe, rows, source, x, *cut)
+
+
+def multiply(recipe: str, name: str, weight: recipes.Blocks, x: np.ndarray) -> np.ndarray:
+    """The twin's answer."""
+    if recipe == "row":
+        return recipes.multiply_rows(weight, recipes.OFFSETS.get(name, 0), x)
+    return recipes.multiply_groups(weight, x, shifted=recipe == "shifted")
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -71,18 +79,15 @@ def test_packing_keeps_the_files_values(name: str) -> None:
     np.testing.assert_array_equal(recipes.read_blocks(name, source, rows, cols).values(), theirs)
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_quantised_products_have_the_twins_bits(name: str, per_row: bool) -> None:
+def test_quantised_products_have_the_twins_bits(name: str, recipe: str) -> None:
     for rows, cols, count in ((50, 768, 21), (16, 256, 1), (33, 512, 3)):
         source, x = blocks(name, rows, cols, cols), activations(count, cols)
         weight = recipes.read_blocks(name, source, rows, cols)
-        if per_row:
-            twin = recipes.multiply_rows(weight, recipes.OFFSETS.get(name, 0), x)
-        else:
-            twin = recipes.multiply_groups(weight, x)
+        twin = multiply(recipe, name, weight, x)
         for isa in ISAS:
-            np.testing.assert_array_equal(product(isa, name, rows, source, x, per_row), twin)
+            np.testing.assert_array_equal(product(isa, name, rows, source, x, recipe), twin)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -91,28 +96,41 @@ def test_the_twin_is_near_the_exact_product(name: str) -> None:
     source, x = blocks(name, rows, cols), np.random.default_rng(3).standard_normal((40, cols), dtype=np.float32)
     weight = recipes.read_blocks(name, source, rows, cols)
     exact = x.astype(np.float64) @ weight.values().T.astype(np.float64)
-    for twin, bound in (
-        (recipes.multiply_groups(weight, x), 0.01),
-        (recipes.multiply_rows(weight, recipes.OFFSETS.get(name, 0), x), 0.03),
+    for recipe, bound in (
+        ("group", 0.01),
+        ("shifted", 0.01),
+        ("row", 0.03),
     ):
+        twin = multiply(recipe, name, weight, x)
         error = np.sqrt(np.mean((twin - exact) ** 2) / np.mean(exact**2))
         assert 1e-4 < error < bound  # int8 activations err by about 1 in 200: no less, no more
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+def test_a_shift_halves_the_error_beside_an_outlier() -> None:
+    rows, cols = 64, 1024
+    x = np.random.default_rng(6).standard_normal((20, cols), dtype=np.float32)
+    x[:, ::32] += 40
+    source = blocks("Q4_1", rows, cols)
+    weight = recipes.read_blocks("Q4_1", source, rows, cols)
+    exact = x.astype(np.float64) @ weight.values().T.astype(np.float64)
+    plain, shifted = (np.abs(multiply(recipe, "Q4_1", weight, x) - exact).mean() for recipe in ("group", "shifted"))
+    assert shifted < 0.65 * plain
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q6_K", "F32", "F16", "BF16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_rows_bits_depend_on_nothing_else(isa: str, name: str, per_row: bool) -> None:
+def test_a_rows_bits_depend_on_nothing_else(isa: str, name: str, recipe: str) -> None:
     rows, cols, count = 90, 768, 64
     x = activations(count, cols)
     source = blocks(name, rows, cols, zeros=False) if name in FORMATS else float_weights(name, rows, cols)[0]
-    whole = product(isa, name, rows, source, x, per_row)
+    whole = product(isa, name, rows, source, x, recipe)
     for cut in ((1, 1), (3, 2), (7, 5), (13, 64), (40, 3)):
-        np.testing.assert_array_equal(product(isa, name, rows, source, x, per_row, cut), whole)
-    np.testing.assert_array_equal(product(isa, name, rows, source, x[5:6].copy(), per_row), whole[5:6])
+        np.testing.assert_array_equal(product(isa, name, rows, source, x, recipe, cut), whole)
+    np.testing.assert_array_equal(product(isa, name, rows, source, x[5:6].copy(), recipe), whole[5:6])
     changed = x.copy()
     changed[5, 700] += 3  # a control: another input does change the row, and only that row
-    differs = (product(isa, name, rows, source, changed, per_row) != whole).any(axis=1)
+    differs = (product(isa, name, rows, source, changed, recipe) != whole).any(axis=1)
     assert differs.nonzero()[0].tolist() == [5]
 
 

@@ -13,7 +13,7 @@ from headrace.errors import TemplateError
 from headrace.text.chat import render_chat
 
 SECONDS = 2.0
-ADDRESS_SPACE = 256 << 20  # more than the interpreter has when it begins; a doubling string breaks it at once
+ADDRESS_SPACE = 200 << 20  # more than the interpreter has when it begins; a doubling string breaks it at once
 
 _BIG = "{% set s = 'x' * 1000000 %}"
 _LOOP = "{% for i in range(99999) %}"

@@ -85,7 +85,7 @@ class Program:
         parts: Sequence[tuple[Weight, np.ndarray | None, int, bool]],
         norm: tuple[np.ndarray, float] | None,
         gathered: bool,
-        per_row: bool,
+        recipe: str,
     ) -> None:
         """Products of one input: weight, bias, output slot, and whether it adds to what the slot holds."""
 
@@ -98,7 +98,7 @@ class Program:
         up_bias: np.ndarray | None,
         out: int,
         norm: tuple[np.ndarray, float] | None,
-        per_row: bool,
+        recipe: str,
     ) -> None: ...
     def head(
         self,
@@ -108,7 +108,7 @@ class Program:
         logits: int,
         norm: tuple[np.ndarray, float] | None,
         gathered: bool,
-        per_row: bool,
+        recipe: str,
     ) -> None: ...
     def rms_norm(self, x: int, weight: np.ndarray, eps: float, out: int) -> None: ...
     def rope(self, x: int, angles: int, heads: int, out: int) -> None: ...

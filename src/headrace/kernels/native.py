@@ -505,6 +505,12 @@ class _Builder:
         self._free: dict[tuple[int, bool], list[int]] = {}
         self._angles: dict[int, tuple[RopeTable, int]] = {}  # by the table's identity
 
+    def _recipe(self, shifted: bool = False) -> str:
+        """Of a product of quantised weights. What a norm has scaled has outliers, which `shifted` bears better at a cost
+        of a fourteenth: SmolLM2's perplexity is 0.5% over float's without it, 0.2% with it before q, k, v and the head,
+        and no better with it everywhere."""
+        return "row" if self._per_row else "shifted" if shifted else "group"
+
     def slot_for(self, value: Value) -> int:
         free = self._free.get((value.width, value.logits))
         self.slots[value] = free.pop() if free else self._program.slot(value.width, value.logits)
@@ -535,14 +541,22 @@ class _Builder:
         if len(item.reads) == 1:
             outs = [self.slot_for(value) for value in item.writes]
             parts = [(part["weight"], part["bias"], out, False) for part, out in zip(attributes["parts"], outs)]
-            self._program.linear(x, parts, attributes["norm"], attributes["gathered"], self._per_row)
+            self._program.linear(
+                x,
+                parts,
+                attributes["norm"],
+                attributes["gathered"],
+                self._recipe(shifted=attributes["norm"] is not None),
+            )
             return
         residual, (part,) = item.reads[1], attributes["parts"]
         in_place = self._last_read[residual] == index and residual is not item.reads[0]
         out = self.slots.pop(residual) if in_place else self.slot_for(item.writes[0])
         self.slots[item.writes[0]] = out
         parts = [(part["weight"], part["bias"], out, in_place)]
-        self._program.linear(x, parts, attributes["norm"], attributes["gathered"], self._per_row)
+        self._program.linear(
+            x, parts, attributes["norm"], attributes["gathered"], self._recipe(shifted=attributes["norm"] is not None)
+        )
         if not in_place:
             self._program.add(self.slots[residual], out, out)
 
@@ -550,13 +564,13 @@ class _Builder:
         gate, up = item.attributes["parts"]
         x, out = self.slots[item.reads[0]], self.slot_for(item.writes[0])
         weights = (gate["weight"], gate["bias"], up["weight"], up["bias"])
-        self._program.gated(x, *weights, out, item.attributes["norm"], self._per_row)
+        self._program.gated(x, *weights, out, item.attributes["norm"], self._recipe())
 
     def _head(self, index: int, item: Item) -> None:
         (part,), attributes = item.attributes["parts"], item.attributes
         x, out = self.slots[item.reads[0]], self.slot_for(item.writes[0])
         source = (attributes["norm"], attributes["gathered"])
-        self._program.head(x, part["weight"], part["bias"], out, *source, self._per_row)
+        self._program.head(x, part["weight"], part["bias"], out, *source, self._recipe(shifted=True))
 
     def _attention(self, index: int, item: Item) -> None:
         a, reads = item.attributes, self._read(item)

@@ -159,13 +159,20 @@ OFFSETS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128, "IQ4_NL": 128, "Q3_K": 4, "Q6_K":
 # ---- activations
 
 
-def quantise_groups(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """x float32 [rows, in] -> codes int32 [rows, in], scales float32 [rows, in / 32], one for each group."""
+def quantise_groups(x: np.ndarray, shifted: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x float32 [rows, in] -> codes int32 [rows, in], scales and offsets float32 [rows, in / 32], one for each group."""
     groups = x.reshape(len(x), -1, GROUP)
-    scales = _bounded(np.abs(groups).max(axis=2) * np.float32(1 / np.float32(127.4)))
+    offsets = np.zeros(groups.shape[:2], np.float32)
+    size = np.abs(groups).max(axis=2)
+    if shifted:
+        most, least = groups.max(axis=2), groups.min(axis=2)
+        offsets = np.float32(0.5) * (most + least)
+        size = np.maximum(most - offsets, offsets - least)
+        groups = groups - offsets[..., None]
+    scales = _bounded(size * np.float32(1 / np.float32(127.4)))
     below = np.uint32((1 << 24 - SCALE_BITS) - 1)
     scales = ((scales.view(np.uint32) + below) & ~below).view(np.float32)
-    return _codes(groups, scales[..., None]).reshape(x.shape), scales
+    return _codes(groups, scales[..., None]).reshape(x.shape), scales, offsets
 
 
 def quantise_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,9 +192,10 @@ def _codes(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
 # ---- products
 
 
-def multiply_groups(weight: Blocks, x: np.ndarray) -> np.ndarray:
-    """x [rows, in] times weight [out, in] -> float32 [rows, out], activations quantised per group of 32."""
-    codes, scales = quantise_groups(x)
+def multiply_groups(weight: Blocks, x: np.ndarray, shifted: bool = False) -> np.ndarray:
+    """x [rows, in] times weight [out, in] -> float32 [rows, out], activations quantised per group of 32, `shifted` by
+    the middle of their range or not."""
+    codes, scales, offsets = quantise_groups(x, shifted)
     per = GROUP // weight.group  # sums a group of 32 has: two with scales for 16 inputs
     x_parts = codes.reshape(len(x), -1, weight.group)
     w_parts = weight.codes.reshape(len(weight.codes), -1, weight.group)
@@ -195,6 +203,8 @@ def multiply_groups(weight: Blocks, x: np.ndarray) -> np.ndarray:
     for group in range(scales.shape[1]):
         s = scales[:, group, None]
         parts = range(group * per, (group + 1) * per)
+        if shifted:
+            acc = fused_multiply_add(_sum_of_weights(weight, parts)[None, :], offsets[:, group, None], acc)
         if weight.m is not None:
             for part in parts:
                 total = x_parts[:, part].sum(axis=1, dtype=np.int32).astype(np.float32)[:, None]
@@ -203,6 +213,23 @@ def multiply_groups(weight: Blocks, x: np.ndarray) -> np.ndarray:
             total = (x_parts[:, part] @ w_parts[:, part].T).astype(np.float32)
             acc = fused_multiply_add(weight.d[None, :, part] * s, total, acc)
     return acc
+
+
+def _sum_of_weights(weight: Blocks, parts: range) -> np.ndarray:
+    """float32 [out] of one group of 32: the sums of codes are exact, each part's is scaled and added in turn."""
+    count = np.float32(weight.group)
+    sums = weight.codes.reshape(len(weight.codes), -1, weight.group).sum(axis=2, dtype=np.int32).astype(np.float32)
+    first = weight.d[:, parts[0]]
+    if weight.m is None:
+        total = first * sums[:, parts[0]]
+    else:
+        minima = weight.m[:, parts[0]]
+        for part in parts[1:]:
+            minima = minima + weight.m[:, part]
+        total = fused_multiply_add(first, sums[:, parts[0]], count * minima)
+    for part in parts[1:]:
+        total = fused_multiply_add(weight.d[:, part], sums[:, part], total)
+    return total
 
 
 def multiply_rows(weight: Blocks, offset: int, x: np.ndarray) -> np.ndarray:
