@@ -58,7 +58,7 @@ def open_model(name: str) -> Model:
 
 def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     """Load the weights and put the engine together."""
-    ops = choose_ops(settings.kernels, thread_count(settings.threads))
+    ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     resolved = resolve_settings(model, settings, ops)
     spec = model.spec
     layers = range(spec.layers)
@@ -133,6 +133,7 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
         model=model.name,
         kernels=ops.name,
         threads=ops.threads,
+        activations=settings.activations if isinstance(ops, NativeOps) else None,
         max_context=min(context, fitting),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=per_token,

@@ -60,6 +60,10 @@ Kernels = Annotated[str, typer.Option(help="Op set: auto, native or reference.")
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of the op set [default: one a core].", show_default=False)
 ]
+Activations = Annotated[
+    str, typer.Option(help="int8 scales of activations: one a group, or (faster, coarser) one a row.")
+]
+KVDtype = Annotated[str, typer.Option(help="Keys and values as float32, float16, bfloat16 or int8.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -95,6 +99,8 @@ def run(
     as_json: Json = False,
     kernels: Kernels = "auto",
     threads: Threads = None,
+    activations: Activations = "group",
+    kv_dtype: KVDtype = "auto",
 ) -> None:
     """Answer one prompt, as it is generated."""
     from .chat_cli import printable
@@ -109,7 +115,7 @@ def run(
         *([{"role": "system", "content": system}] if system is not None else []),
         {"role": "user", "content": text},
     ]
-    with LLM(model, kernels=kernels, threads=threads) as llm:
+    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype) as llm:
         if as_json:
             print(
                 json.dumps(
@@ -133,6 +139,8 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of every answer.")] = None,
     kernels: Kernels = "auto",
     threads: Threads = None,
+    activations: Activations = "group",
+    kv_dtype: KVDtype = "auto",
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     from .chat_cli import Chat
@@ -140,7 +148,7 @@ def chat(
     from .types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with LLM(model, kernels=kernels, threads=threads) as llm:
+    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype) as llm:
         Chat(llm, params, system).loop()
 
 
@@ -180,6 +188,8 @@ def perplexity(
     as_json: Json = False,
     kernels: Kernels = "auto",
     threads: Threads = None,
+    activations: Activations = "group",
+    kv_dtype: KVDtype = "auto",
 ) -> None:
     """Perplexity of a text, window by window.
 
@@ -190,7 +200,9 @@ def perplexity(
 
     document = read_text(text, limit_bytes)
     with (
-        LLM(model, kernels=kernels, threads=threads, max_context=context) as llm,
+        LLM(
+            model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype, max_context=context
+        ) as llm,
         _progress("windows", quiet=as_json) as advance,
     ):
         result = measure(llm, document, context, stride, advance)
@@ -211,6 +223,8 @@ def bench(
     ] = None,
     kernels: Kernels = "auto",
     threads: Threads = None,
+    activations: Activations = "group",
+    kv_dtype: KVDtype = "auto",
     against: Annotated[
         str, typer.Option(help="Other engines, run in turn with ours: llama.cpp,openvino,transformers,vllm.")
     ] = "",
@@ -237,7 +251,17 @@ def bench(
     names = [name.strip() for name in against.split(",") if name.strip()]
     models = peer_models(names, peer_model or [], open_model(model).path)
     with started(names, peers_folder(peers), models, thread_count(threads)) as others, _progress("runs") as advance:
-        report = measure(model, parsed, reps, advance, others, kernels=kernels, threads=threads)
+        report = measure(
+            model,
+            parsed,
+            reps,
+            advance,
+            others,
+            kernels=kernels,
+            threads=threads,
+            activations=activations,
+            kv_dtype=kv_dtype,
+        )
     print_report(report)
     if json_file is not None:
         write_report(report, json_file)
@@ -256,6 +280,34 @@ def overhead(
         print(json.dumps(rows))
     else:
         print_overhead(rows)
+
+
+@bench_app.command()
+def ops(
+    model: Model = DEFAULT_MODEL,
+    rows: Annotated[str, typer.Option(help="Sequences in a step, comma-separated.")] = "1,8,32",
+    context: Annotated[int, typer.Option(help="Tokens before the step.")] = 64,
+    reps: Annotated[int, typer.Option(min=1, max=1000, help="Steps; the median is shown.")] = 9,
+    as_json: Json = False,
+    threads: Threads = None,
+    activations: Activations = "group",
+    kv_dtype: KVDtype = "auto",
+) -> None:
+    """Where a decode step's time goes, by instruction, beside the machine's ceilings of that moment."""
+    from .lab.op_times import measure_ops, print_ops
+
+    try:
+        sizes = [int(size) for size in rows.split(",")]
+    except ValueError:
+        raise ConfigError(f"--rows {rows!r:.80} must be whole numbers, as in 1,8,32") from None
+    with _progress("sizes", quiet=as_json) as advance:
+        facts, profiles = measure_ops(
+            model, sizes, context, reps, advance, threads=threads, activations=activations, kv_dtype=kv_dtype
+        )
+    if as_json:
+        print(json.dumps({"config": facts, "runs": [profile.as_dict() for profile in profiles]}))
+    else:
+        print_ops(facts, profiles)
 
 
 @contextmanager

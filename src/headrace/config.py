@@ -12,6 +12,7 @@ from .errors import ConfigError
 Policy = Literal["fcfs", "longest-prefix", "static"]
 POLICIES = ("fcfs", "longest-prefix", "static")
 KERNELS = ("auto", "native", "reference")
+ACTIVATIONS = ("group", "row")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,10 +22,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `policy`: "fcfs" admits by priority, then arrival; "longest-prefix" prefers, within a short look-ahead, the
     prompt with the most cached tokens; "static" admits a batch only when the last one has finished (for
     comparison).
+    `activations`: how the native set quantises what quantised weights are multiplied with, to int8 with a scale for
+    each "group" of 32, or (faster, coarser) for each whole "row".
     """
 
     kernels: str = "auto"
     threads: int | None = None
+    activations: str = "group"
     max_context: int | None = None
     kv_memory: int | None = None
     kv_dtype: str = "auto"
@@ -54,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigError(f"kv_dtype must be a name, got {self.kv_dtype!r:.80}")
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
+        if self.activations not in ACTIVATIONS:
+            raise ConfigError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r:.80}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
 
@@ -76,6 +82,7 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     kernels: str
     threads: int
+    activations: str | None  # None where they stay as they are
     max_context: int
     kv_dtype: str
     kv_bytes_per_token: int

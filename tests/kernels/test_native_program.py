@@ -123,7 +123,7 @@ def test_model_against_the_numpy_set(model: Model) -> None:
 
 def test_fusion_joins_what_it_should() -> None:
     layer = ("product", "attention", "product", "gated", "product")
-    assert build(ISAS[0]).program.instructions == ("embed", *layer * LAYERS, "head")
+    assert tuple(i.kind for i in build(ISAS[0]).program.instructions) == ("embed", *layer * LAYERS, "head")
 
 
 def test_a_value_read_twice_is_kept(model: Model) -> None:
@@ -211,7 +211,7 @@ def test_broken_logits_are_reported() -> None:
     ticket = program.submit(np.zeros(0, np.int32), rows, np.array([0, 2], np.int32), rows, [], greedy, hidden)
     assert ticket.result()[0].tolist() == [BROKEN_LOGITS, BROKEN_LOGITS]
     table[17, 3] = 1
-    assert program.instructions == ("head",)
+    assert [i.kind for i in program.instructions] == ["head"]
 
 
 def test_pages_are_copied_in_order(model: Model) -> None:

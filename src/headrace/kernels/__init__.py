@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 
+from ..errors import ConfigError
 from . import native
 from .native import NativeOps
 from .reference import ReferenceOps
 
 
-def choose_ops(kernels: str, threads: int) -> NativeOps | ReferenceOps:
+def choose_ops(kernels: str, threads: int, activations: str = "group") -> NativeOps | ReferenceOps:
     """The op set for a setting of `kernels`: "auto" is native where that was built; otherwise a warning says what
     is missing.
 
-    Raises ConfigError where "native" is asked for and not there.
+    Raises ConfigError where "native", or `activations` that only it has, are asked for and not there.
     """
     reason = native.missing()
     if kernels == "reference" or (kernels == "auto" and reason is not None):
@@ -23,5 +24,7 @@ def choose_ops(kernels: str, threads: int) -> NativeOps | ReferenceOps:
                 "reinstall with a C++ compiler",
                 stacklevel=2,
             )
+        if activations != "group":
+            raise ConfigError(f"activations {activations!r} need the native op set; leave them out or use that")
         return ReferenceOps(threads)
-    return NativeOps(threads)
+    return NativeOps(threads, per_row=activations == "row")

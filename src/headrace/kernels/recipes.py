@@ -160,7 +160,7 @@ OFFSETS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128, "IQ4_NL": 128, "Q3_K": 4, "Q6_K":
 
 
 def quantise_groups(x: np.ndarray, shifted: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x float32 [rows, in] -> codes int32 [rows, in], scales and offsets float32 [rows, in / 32], one for each group."""
+    """x float32 [rows, in] -> codes int32 [rows, in], scales and offsets float32 [rows, in / 32]: one a group."""
     groups = x.reshape(len(x), -1, GROUP)
     offsets = np.zeros(groups.shape[:2], np.float32)
     size = np.abs(groups).max(axis=2)
