@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
+Tool = Mapping[str, Any]  # {"type": "function", "function": {"name": str, ...}}
 MAX_PRIORITY = 1 << 31
 MAX_SALT = 1024
 GUARD = "\ufdd0"  # a code point that Unicode keeps out of texts
@@ -34,7 +35,7 @@ class Frontend:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self._numbers = count()
-        self._compiled: ChatTemplate | None = None
+        self._compiled: dict[str, ChatTemplate] = {}
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Text is encoded; what looks like a special token in it stays text."""
@@ -51,18 +52,29 @@ class Frontend:
             raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.80}")
         return ids
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation in the model's chat format, up to where the assistant speaks.
 
-        The template's special tokens are special; the same characters inside a message stay text. RequestError or
+        `tools` are what the model may call; `variables` are the template's own switches, such as enable_thinking. The
+        template's special tokens are special; the same characters inside a message stay text. RequestError or
         TemplateError where the conversation cannot be written.
         """
         name = self._special_name
         bos, eos = name(self.tokenizer.bos_id), name(next(iter(self.tokenizer.eos_ids), None))
         names = {text for token in self.tokenizer.special_ids if len(text := name(token)) > 1}
-        guarded = _guard(list(messages), names)
-        text = self._template().render(guarded, bos_token=bos, eos_token=eos)
-        if guarded == list(messages):
+        given = [messages, tools or None, _checked_variables(variables)]
+        try:
+            guarded = _guard(given, names)
+        except RecursionError:
+            raise RequestError("the messages or tools are nested too deeply") from None
+        switches = {"bos_token": bos, "eos_token": eos, **guarded[2]}
+        text = self._template(bool(tools)).render(guarded[0], tools=guarded[1], **switches)
+        if guarded == given:
             return self.tokenizer.encode(text, add_special=False, parse_special=True)
         ids: list[int] = []
         for piece in re.split(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})", text):
@@ -70,16 +82,17 @@ class Frontend:
             ids += [token] if token is not None else self.tokenizer.encode(piece.replace(GUARD, ""), add_special=False)
         return ids
 
-    def _template(self) -> ChatTemplate:
-        if self._compiled is None:
+    def _template(self, tools: bool) -> ChatTemplate:
+        source = (tools and self.tokenizer.tool_template) or self.tokenizer.chat_template
+        if source is None:
+            raise RequestError(
+                "this model has no chat template; give it plain text (generate, or --raw on the command line)"
+            )
+        if source not in self._compiled:
             from .text.chat import ChatTemplate
 
-            if self.tokenizer.chat_template is None:
-                raise RequestError(
-                    "this model has no chat template; give it plain text (generate, or --raw on the command line)"
-                )
-            self._compiled = ChatTemplate(self.tokenizer.chat_template)
-        return self._compiled
+            self._compiled[source] = ChatTemplate(source)
+        return self._compiled[source]
 
     def _special_name(self, token: int | None) -> str:
         return "" if token is None else self.tokenizer.token_bytes(token).decode("utf-8", "replace")
@@ -134,6 +147,14 @@ def _guard(value: Any, names: set[str]) -> Any:
             for name in names:
                 value = value.replace(name, name[0] + GUARD + name[1:])
         return value
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _guard(item, names) for key, item in value.items()}
-    return [_guard(item, names) for item in value] if isinstance(value, list) else value
+    return [_guard(item, names) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _checked_variables(variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if not isinstance(variables or {}, Mapping) or not all(isinstance(name, str) for name in variables or ()):
+        raise RequestError(f"the template's variables must be an object, got {variables!r:.80}")
+    if taken := {"messages", "tools", "seconds"}.intersection(variables or ()):
+        raise RequestError(f"{sorted(taken)[0]!r} cannot be set as a variable of the template")
+    return variables or {}

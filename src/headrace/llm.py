@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +13,7 @@ from .completion import SCORE, Completion, Delta, Output, scored_logits
 from .config import Settings
 from .errors import EngineDeadError, RequestError
 from .formats.hub import DEFAULT_MODEL
-from .frontend import Frontend, Message, Prompt
+from .frontend import Frontend, Message, Prompt, Tool
 from .processes import uninterrupted
 from .types import Event, Kind, SamplingParams
 
@@ -69,9 +69,21 @@ class LLM:
             raise
         return self._run(started)
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Output:
-        """The assistant's answer to a conversation: messages of {"role", "content"}."""
-        ids = self._frontend.chat_ids(messages)
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Output:
+        """The assistant's answer to a conversation: messages of {"role", "content"}, and "tool_calls" where it called.
+
+        `tools`: what the model may call, [{"type": "function", "function": {"name", "description", "parameters"}}];
+        `template_variables`: switches of the model's own chat template, such as {"enable_thinking": False}.
+        """
+        ids = self._frontend.chat_ids(messages, tools, template_variables)
         return self._run([self._start(ids, params or SamplingParams(), **options)])[0]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Iterator[Delta]:
@@ -79,10 +91,17 @@ class LLM:
         return self._stream(self._frontend.prompt_ids(prompt), params or SamplingParams(), options)
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Tool] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Iterator[Delta]:
         """`chat`, piece by piece."""
-        return self._stream(self._frontend.chat_ids(messages), params or SamplingParams(), options)
+        ids = self._frontend.chat_ids(messages, tools, template_variables)
+        return self._stream(ids, params or SamplingParams(), options)
 
     def logits(self, prompt: Prompt) -> np.ndarray:
         """float32 [tokens, vocab]: what the model gives at each position of the prompt."""

@@ -154,3 +154,20 @@ def test_one_template_for_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_is_a_string_is_asked_of_the_value() -> None:
+    """A test never sees a list or an object as its text, as some filters do."""
+    tests = "{{ x is string }},{{ x is float }},{{ x is lower }};"
+    template = "{% for x in [none, 1, 1.5, 'a', [1], {'a': 1}] %}" + tests + "{% endfor %}"
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}]
+    assert render_chat("{{ messages[0].content is string }}", [{"role": "user", "content": parts}]) == "False"
+    shown = render_chat(template, CONVERSATIONS["user"])
+    assert [text.split(",")[:2] for text in shown.split(";")[:-1]] == [
+        ["False", "False"],
+        ["False", "False"],
+        ["False", "True"],
+        ["True", "False"],
+        ["False", "False"],
+        ["False", "False"],
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,9 @@ MAX_RENDERED_CHARS = 1 << 22
 SECONDS = 1.0
 
 Message = Mapping[str, Any]
+Tool = Mapping[str, Any]
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for it
 
 
 class ChatTemplate:
@@ -37,22 +41,28 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         bos_token: str = "",
         eos_token: str = "",
         seconds: float = SECONDS,
         **variables: Any,
     ) -> str:
-        """The prompt of a conversation. `messages`: [{"role": str, "content": str | list of parts | None, ...}].
+        """The prompt of a conversation. `messages`: [{"role": str, "content": str | list of parts | None, ...}];
+        `tools`: what the model may call, [{"type": "function", "function": {"name": str, ...}}].
 
         A content of text parts only becomes one text, a line per part. `variables` are plain data for the template.
-        Raises RequestError (malformed messages) or TemplateError (the template refuses, fails or breaks a limit).
+        Raises RequestError (malformed messages or tools) or TemplateError (the template refuses, fails or breaks a
+        limit).
         """
         from .budget import Budget
 
-        given = {"tools": tools, "bos_token": bos_token, "eos_token": eos_token, **variables}
-        given |= {"messages": checked_messages(messages), "add_generation_prompt": add_generation_prompt}
-        values = _plain(given, "the template's variables")
+        given = {"documents": None, "bos_token": bos_token, "eos_token": eos_token, **variables}
+        given |= {"messages": checked_messages(messages), "tools": checked_tools(tools)}
+        given["add_generation_prompt"] = add_generation_prompt
+        try:
+            values = _plain(given, "the template's variables")
+        except RecursionError:
+            raise RequestError("the messages or tools are nested too deeply") from None
         with self._lock:
             self._environment.budget = Budget(seconds)
             try:
@@ -104,7 +114,45 @@ def _checked_message(i: int, message: Message) -> dict[str, Any]:
             content = "\n".join(part["text"] for part in content)
     elif content is not None and not isinstance(content, str):
         raise RequestError(f"message {i} must have a string or a list of parts as content, got {content!r:.80}")
-    return {**message, "content": content}
+    checked = {**message, "content": content} if "content" in message else {**message}
+    if "tool_calls" in message:
+        checked["tool_calls"] = _checked_calls(i, message["tool_calls"])
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return checked if reasoning is None else {"thinking": reasoning, **checked, "reasoning_content": reasoning}
+
+
+def _checked_calls(i: int, calls: Any) -> list[Any] | None:
+    """A message's tool calls, with arguments as the object that templates expect where they are given as JSON text."""
+    if calls is None:
+        return None
+    if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+        raise RequestError(f"message {i} must have a list of objects as tool_calls, got {calls!r:.80}")
+    checked = []
+    for call in calls:
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"] or "{}")
+            except (ValueError, RecursionError):
+                problem = f"has a tool call whose arguments are not JSON: {function['arguments']!r:.80}"
+                raise RequestError(f"message {i} {problem}") from None
+            call = {**call, "function": {**function, "arguments": arguments}}
+        checked.append(call)
+    return checked
+
+
+def checked_tools(tools: Sequence[Tool] | None) -> list[Tool] | None:
+    """A list of tools, as templates expect it. Raises RequestError naming the tool that is malformed."""
+    if tools is None:
+        return None
+    if not isinstance(tools, (list, tuple)):
+        raise RequestError(f"tools must be a list of objects, got {tools!r:.80}")
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            problem = 'must be {"type": "function", "function": {"name": str, ...}}'
+            raise RequestError(f"tool {i} {problem}, got {tool!r:.80}")
+    return list(tools)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 16 << 20
+MAX_TEMPLATES = 16
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -41,7 +42,8 @@ def read_folder(folder: Path) -> TokenizerParts:
         byte_ids=_byte_ids(backend) if byte_fallback else {},
         bos_id=bos,
         eos_ids=tuple(dict.fromkeys((*_generation_ends(generation, backend, folder), *([] if eos is None else [eos])))),
-        chat_template=_chat_template(folder, config),
+        chat_template=(templates := _chat_templates(folder, config)).get("default"),
+        tool_template=templates.get("tool_use"),
     )
 
 
@@ -127,13 +129,20 @@ def _generation_ends(generation: Mapping[str, Any], backend: Backend, folder: Pa
     return ids
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the tokenizer config's: one template, or a list of named ones with a default."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return _read_bytes(file, MAX_CONFIG_BYTES).decode("utf-8", "replace")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name: "default", and others such as "tool_use". Files go before the tokenizer's config, where there
+    is one template, or a list of named ones."""
+    given = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(given, list):
+        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    elif not isinstance(given, dict):
+        given = {"default": given}
+    templates = {str(name): template for name, template in given.items() if isinstance(template, str)}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {
+        file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))[:MAX_TEMPLATES]
+    }
+    for name, file in files.items():
+        if file.is_file():
+            templates[name] = _read_bytes(file, MAX_CONFIG_BYTES).decode("utf-8", "replace")
+    return templates

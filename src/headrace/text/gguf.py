@@ -57,7 +57,6 @@ def read_gguf(metadata: Mapping[str, Any], path: object) -> TokenizerParts:
     bos, *ends = (vocab.special_id(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
     adds_bos, adds_eos = vocab.flag("add_bos_token", default=bos_default), vocab.flag("add_eos_token", default=False)
     set_ends(backend, bos if adds_bos else None, ends[0] if adds_eos else None)
-    template = metadata.get("tokenizer.chat_template")
     return TokenizerParts(
         backend=backend,
         spelling="byte-level" if kind == "gpt2" else "sentencepiece",
@@ -67,8 +66,14 @@ def read_gguf(metadata: Mapping[str, Any], path: object) -> TokenizerParts:
         byte_ids=_byte_ids(vocab),
         bos_id=bos,
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=_template(metadata, ""),
+        tool_template=_template(metadata, ".tool_use"),
     )
+
+
+def _template(metadata: Mapping[str, Any], ending: str) -> str | None:
+    value = metadata.get(f"tokenizer.chat_template{ending}")
+    return value if isinstance(value, str) else None
 
 
 class _Vocabulary:

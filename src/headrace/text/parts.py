@@ -25,6 +25,7 @@ class TokenizerParts:
     bos_id: int | None
     eos_ids: tuple[int, ...]  # named by the file
     chat_template: str | None
+    tool_template: str | None = None  # the one for conversations with tools, where that is another
 
 
 def set_ends(backend: Backend, bos: int | None, eos: int | None) -> None:

@@ -110,10 +110,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             extensions=[LoopControlExtension, _Generation],
             finalize=self._printable,
         )
-        self.filters = {name: self._priced(name, self.filters[name]) for name in _FILTERS}
+        self.filters = {name: self._priced_filter(name, self.filters[name]) for name in _FILTERS}
         for name, plain in (("tojson", _tojson), ("safe", _same_text), ("e", _escape), ("escape", _escape)):
-            self.filters[name] = self._priced(name, plain)
-        self.tests = {name: self._priced(name, self.tests[name]) for name in _TESTS}
+            self.filters[name] = self._priced_filter(name, plain)
+        self.tests = {name: self._priced(self.tests[name]) for name in _TESTS}
         self._functions = (_bounded_range, dict, _Namespace, _raise_exception, _strftime_now)
         names = ("range", "dict", "namespace", "raise_exception", "strftime_now")
         self.globals = dict(zip(names, self._functions))
@@ -232,9 +232,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     # --- paying
 
-    def _priced(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter or test that pays for what it reads and for what it will make."""
-        growth, takes_text = FILTER_GROWTH.get(name), name in _TEXT_FILTERS
+    def _priced_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self._priced(function, FILTER_GROWTH.get(name), name in _TEXT_FILTERS)
+
+    def _priced(
+        self, function: Callable[..., Any], growth: Callable[..., None] | None = None, takes_text: bool = False
+    ) -> Callable[..., Any]:
+        """A filter or test that pays for what it reads and for what it will make; `takes_text`: of a list or an object
+        it takes the text."""
         hidden = 1 if hasattr(function, "jinja_pass_arg") else 0  # Jinja's own first argument
 
         @wraps(function)

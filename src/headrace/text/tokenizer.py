@@ -43,7 +43,7 @@ class Tokenizer:
         self._special_ids = parts.special_ids
         self.vocab_size: int = parts.backend.get_vocab_size(with_added_tokens=True)
         self.bos_id = parts.bos_id
-        self.chat_template = parts.chat_template
+        self.chat_template, self.tool_template = parts.chat_template, parts.tool_template
         self.strips_first_space = parts.strips_first_space
         endings = (self.token_id(text) for text in END_TEXTS)
         self.eos_ids: tuple[int, ...] = tuple(
