@@ -1,25 +1,65 @@
-"""The asyncio door: the engine runs in a process of its own, so nothing here can hold up a step."""
+"""The asyncio door: the engine runs in a process of its own, so nothing here can hold up a step, and this side owns the
+truth about requests: where the engine's process dies or stands still, another takes its place and every request goes on
+behind the tokens that it has.
+
+    submit ──▶ Running ──Add──▶ engine ──Events──▶ Completion ──Delta──▶ listener
+                  ▲                │ dies, or makes no progress
+                  └─── remaining ──┘ (prompt, seed and tokens so far go to the next engine)
+"""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Protocol
 
+import msgspec
 import numpy as np
 
 from .assemble import open_model
 from .completion import SCORE, Completion, Delta, Output, scored_logits
 from .config import Resolved, Settings
-from .engine_process import error_of
 from .errors import EngineDeadError, HeadraceError, RequestError
 from .formats.hub import DEFAULT_MODEL
 from .frontend import Frontend, Message, Prompt
-from .types import Event, SamplingParams
-from .workers.wire import HEADER, Add, Events, Finish, Load, Ready, Refused, ToEngine, frame, frame_length, from_engine
+from .types import Event, Request, SamplingParams
+from .workers.remote import RemoteEngine
+from .workers.wire import (
+    Add,
+    Events,
+    Finish,
+    FromEngine,
+    Inspect,
+    Load,
+    PageMap,
+    Ready,
+    Refused,
+    Report,
+    Wait,
+    error_of,
+)
+
+State = Literal["new", "loading", "ready", "restarting", "dead", "closed"]
+
+LOOK_SECONDS = 0.1  # between looks at the engine's process
+STOPPED_SECONDS = 0.3  # a stopped process is given this long to be continued
+IDLE_SECONDS = 3.0  # a process with work that says nothing and uses no CPU
+SILENT_SECONDS = 120.0  # a process with work that says nothing, however busy
+MAX_DEATHS = 3  # engines that may die under a request before it is refused
+RESTART_WINDOW = 60.0  # seconds in which `max_restarts` are counted
+PAUSES = (0.0, 0.2, 1.0, 3.0)  # seconds before each attempt to start again
+
+Listener = Callable[["Running", Delta | None], None]
+
+
+class Observer(Protocol):
+    """Hears what the engine does. Called in the event loop, so it must be quick."""
+
+    def stepped(self, reports: list[Report]) -> None: ...
+
+    def restarted(self, reason: str, pause: float) -> None: ...
 
 
 class AsyncLLM:
@@ -27,19 +67,28 @@ class AsyncLLM:
     upon")`.
 
     `settings` are the fields of `config.Settings`. A request whose task is cancelled, or whose stream is left, ends
-    at once in the engine too. If the engine's process dies, everything that waits for it raises EngineDeadError.
+    at once in the engine too. If the engine's process dies or stands still, it is started again and requests continue
+    with the same tokens; after `max_restarts` within a minute everything that waits for it raises EngineDeadError.
     """
 
     config: Resolved
 
-    def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
-        self._name, self._settings = str(model), Settings(**settings)
-        self._process: asyncio.subprocess.Process | None = None
-        self._live: dict[str, _Live] = {}
+    def __init__(self, model: str = DEFAULT_MODEL, *, max_restarts: int = 10, **settings: Any) -> None:
+        self.name, self._settings, self._max_restarts = str(model), Settings(**settings), max_restarts
+        self.state: State = "new"
+        self.observer: Observer | None = None
+        self.frontend: Frontend | None = None
+        self.phases: dict[str, float] = {}  # seconds that each part of the last start took
+        self._live: dict[str, Running] = {}
         self._death: HeadraceError | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._listener: asyncio.Task[None] | None = None
-        self._frontend: Frontend | None = None
+        self._engine: RemoteEngine | None = None
+        self._end: asyncio.Future[EngineDeadError] | None = None
+        self._first: asyncio.Future[Resolved] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._heard = 0.0
+        self._restarts: list[float] = []
+        self._maps: list[asyncio.Future[PageMap]] = []
+        self._waits: dict[Wait, int] = {"sequences": 0, "tokens": 0, "pages": 0}  # steps, by what the queue waited for
 
     async def __aenter__(self) -> AsyncLLM:
         await self.start()
@@ -52,56 +101,49 @@ class AsyncLLM:
 
     async def start(self) -> None:
         """Start the engine's process and wait until the model is loaded there. Raises what loading raised."""
-        opened = await asyncio.to_thread(open_model, self._name)  # may have to pull it
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = (sys.executable, "-m", f"{__package__}.engine_process", str(theirs.fileno()))
-            self._process = await asyncio.create_subprocess_exec(
-                *command, pass_fds=(theirs.fileno(),), stdin=asyncio.subprocess.DEVNULL
-            )
+        began = time.monotonic()
+        self.state = "loading"
         try:
-            self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-            self._send(Load(self._name, self._settings))
-            self.spec = opened.spec
-            self.tokenizer = await asyncio.to_thread(opened.tokenizer)
-            first = await self._receive()
-            if isinstance(first, Refused):
-                raise error_of(first)
-            assert isinstance(first, Ready)
-        except BaseException:
-            ours.close()
+            opened = await asyncio.to_thread(open_model, self.name)  # may have to pull it
+            self.phases["open"] = time.monotonic() - began
+            launched = asyncio.ensure_future(self._launch())
+            try:
+                self.spec = opened.spec
+                self.tokenizer = await asyncio.to_thread(opened.tokenizer)
+                self.phases["tokenizer"] = time.monotonic() - began - self.phases["open"]
+                self.config = await launched
+            finally:
+                launched.cancel()
+        except BaseException as error:
+            self._death = error if isinstance(error, HeadraceError) else None
             await self.close()
+            self.state = "dead"
             raise
-        self.config = first.resolved
-        self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
-        self._listener = asyncio.create_task(self._listen())
+        self.frontend = Frontend(self.tokenizer, self.spec.vocab_size)
+        self.state = "ready"
+        self._keeper = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
         """Stop the engine's process; requests that still run raise EngineDeadError."""
-        if self._process is None:
-            return
         self._death = self._death or EngineDeadError("the engine was closed")
-        if self._writer is not None:
-            self._writer.close()
-        else:
-            self._process.kill()
-        try:
-            await asyncio.wait_for(self._process.wait(), timeout=10)
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
-        self._process = None
-        if self._listener is not None:
-            await self._listener
+        self.state = "closed"
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+            self._keeper = None
+        if self._engine is not None:
+            await self._engine.close()
+            self._engine = None
+        self._refuse_all(self._death)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Output:
         """Complete one prompt. `options`: priority, deadline, salt."""
-        ids = await asyncio.to_thread(self._ready().prompt_ids, prompt)
+        ids = await asyncio.to_thread(self.ready().prompt_ids, prompt)
         return await self._run(ids, params or SamplingParams(), options)
 
     async def chat(self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any) -> Output:
         """The assistant's answer to a conversation."""
-        ids = await asyncio.to_thread(self._ready().chat_ids, messages)
+        ids = await asyncio.to_thread(self.ready().chat_ids, messages)
         return await self._run(ids, params or SamplingParams(), options)
 
     async def logits(self, prompt: Prompt) -> np.ndarray:
@@ -111,122 +153,287 @@ class AsyncLLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Delta]:
         """Complete one prompt, piece by piece."""
-        return self._stream(self._ready().prompt_ids, prompt, params or SamplingParams(), options)
+        return self._stream(self.ready().prompt_ids, prompt, params or SamplingParams(), options)
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, **options: Any
     ) -> AsyncIterator[Delta]:
         """`chat`, piece by piece."""
-        return self._stream(self._ready().chat_ids, messages, params or SamplingParams(), options)
+        return self._stream(self.ready().chat_ids, messages, params or SamplingParams(), options)
 
-    # How
-
-    def _ready(self) -> Frontend:
-        if self._death or self._frontend is None:
+    def ready(self) -> Frontend:
+        """The frontend; EngineDeadError where there is no engine, nor will be one soon."""
+        if self._death or self.frontend is None:
             raise self._death or EngineDeadError(
                 "the engine is not running; use `async with AsyncLLM(...)` or await start()"
             )
-        return self._frontend
+        return self.frontend
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams, listener: Listener, **options: Any) -> Running:
+        """Start one request. `listener(running, delta)` is called in the event loop for every delta, and with None
+        where the request fails (`running.error` says how). Raises RequestError where the request is malformed.
+        `options` are those of `Frontend.requests`."""
+        requests = self.ready().requests(prompt_ids, params, **options)
+        running = self._live[requests[0].id] = Running(self, requests, prompt_ids, listener, dict(self._waits))
+        self._send(Add(tuple(requests)))
+        return running
+
+    def forget(self, running: Running) -> None:
+        """A request is over or no longer wanted: what is left of it ends in the engine."""
+        if self._live.pop(running.id, None) and not running.completion.done and running.error is None:
+            self._send(Finish(running.id, None, "cancelled"))
+
+    async def page_map(self) -> PageMap:
+        """What every page of the KV cache holds, after the step that runs now."""
+        self.ready()
+        answer: asyncio.Future[PageMap] = asyncio.get_running_loop().create_future()
+        self._maps.append(answer)
+        self._send(Inspect())
+        return await answer
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine."""
+        return self._engine.pid if self._engine else None
+
+    @property
+    def live(self) -> int:
+        """Sequences that wait or run."""
+        return sum(len(running.requests) for running in self._live.values())
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which the engine has had work and said nothing."""
+        return time.monotonic() - self._heard if self._live else 0.0
+
+    # Requests
 
     async def _run(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> Output:
-        live = self._start(prompt_ids, params, options)
+        news = asyncio.Event()
+        running = self.submit(prompt_ids, params, lambda *_: news.set(), **options)
         try:
-            while not live.completion.done:
-                await self._news(live)
-            return live.completion.output
+            while not running.completion.done:
+                if running.error is not None:
+                    raise running.error
+                await news.wait()
+                news.clear()
+            return running.completion.output
         finally:
-            self._end(live)
+            self.forget(running)
 
     async def _stream(
         self, encode: Callable[[Any], list[int]], text: Any, params: SamplingParams, options: dict[str, Any]
     ) -> AsyncIterator[Delta]:
-        live = self._start(await asyncio.to_thread(encode, text), params, options)
+        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        running = self.submit(
+            await asyncio.to_thread(encode, text), params, lambda _, delta: deltas.put_nowait(delta), **options
+        )
         try:
-            while live.deltas or not live.completion.done:
-                if live.deltas:
-                    yield live.deltas.pop(0)
-                else:
-                    await self._news(live)
-            if errors := [one.error for one in live.completion.output.samples if one.error is not None]:
+            while not (deltas.empty() and running.completion.done):
+                delta = await deltas.get()
+                if delta is None:
+                    assert running.error is not None
+                    raise running.error
+                yield delta
+            if errors := [one.error for one in running.completion.output.samples if one.error is not None]:
                 raise RequestError(errors[0])
         finally:
-            self._end(live)
+            self.forget(running)
 
-    def _start(self, prompt_ids: list[int], params: SamplingParams, options: dict[str, Any]) -> _Live:
-        requests = self._ready().requests(prompt_ids, params, **options)
-        request_id = requests[0].id
+    def _refuse_all(self, error: HeadraceError) -> None:
+        for running in list(self._live.values()):
+            running.refuse(error)
+        for answer in self._maps:
+            if not answer.done():
+                answer.set_exception(error)
+        self._maps.clear()
 
-        def stop(index: int) -> Event | None:
-            self._send(Finish(request_id, index, "stop"))
-            return None  # the sample's last event comes by itself
+    # The engine's process
 
-        self._send(Add(tuple(requests)))
-        live = self._live[request_id] = _Live(request_id, Completion(prompt_ids, params, self.tokenizer, stop))
-        return live
+    async def _launch(self) -> Resolved:
+        """Start a process and wait until it is ready."""
+        loop = asyncio.get_running_loop()
+        began = time.monotonic()
+        self._end, self._first = loop.create_future(), loop.create_future()
+        end, first = self._end, self._first
 
-    async def _news(self, live: _Live) -> None:
-        live.news.clear()
-        if self._death is None and live.refused is None:
-            await live.news.wait()
-        if live.refused is not None:
-            raise live.refused
-        if self._death is not None and not live.completion.done:
-            raise self._death
+        def ended(error: EngineDeadError) -> None:
+            if not end.done():
+                end.set_result(error)
+            if not first.done():
+                first.set_exception(error)
 
-    def _end(self, live: _Live) -> None:
-        del self._live[live.request_id]
-        if not live.completion.done and live.refused is None and self._death is None:
-            self._send(Finish(live.request_id, None, "cancelled"))
+        engine = self._engine = RemoteEngine(self._hear, ended)
+        try:
+            await engine.start()
+            self.phases["process"] = time.monotonic() - began
+            engine.send(Load(self.name, self._settings))
+            return await first
+        finally:
+            self.phases["engine"] = time.monotonic() - began
 
-    async def _listen(self) -> None:
-        """Hand what the engine says to whom it concerns, until it falls silent for ever."""
+    async def _keep(self) -> None:
+        """While this door is open: watch the engine, and replace it where it is gone."""
         try:
             while True:
-                message = await self._receive()
-                if isinstance(message, Refused):
-                    if message.request_id in self._live:
-                        self._live[message.request_id].refuse(error_of(message))
-                elif isinstance(message, Events):
-                    for event in message.events:
-                        if event.request_id in self._live:
-                            self._live[event.request_id].push(event)
+                reason = await self._watch()
+                since = time.monotonic()
+                self.state = "restarting"
+                await self._restart(reason)
+                self.state = "ready"
+                if self.observer is not None:
+                    self.observer.restarted(str(reason), time.monotonic() - since)
         except HeadraceError as error:
-            self._death = self._death or error
-        except Exception as error:
-            self._death = self._death or EngineDeadError(f"the engine's answer is not understood: {error}")
-        finally:
-            for live in self._live.values():
-                live.news.set()
+            self._death, self.state = error, "dead"
+            self._refuse_all(error)
 
-    async def _receive(self) -> Ready | Events | Refused:
-        try:
-            header = await self._reader.readexactly(HEADER.size)
-            return from_engine.decode(await self._reader.readexactly(frame_length(header)))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise EngineDeadError("the engine's process has died; start a new AsyncLLM") from None
+    async def _watch(self) -> EngineDeadError:
+        """Why the engine is no more: its process died, or makes no progress with the work that it has."""
+        assert self._engine is not None and self._end is not None
+        stopped, moved, marks = 0.0, time.monotonic(), (0.0, 0.0)
+        while True:
+            await asyncio.wait([self._end], timeout=LOOK_SECONDS)
+            now = time.monotonic()
+            if self._end.done():
+                return self._end.result()
+            if not self._live:
+                self._heard = now
+            signs = self._engine.vital_signs()
+            halted, used = signs or (False, now)  # where nobody can say, it is taken to be busy
+            stopped = stopped + LOOK_SECONDS if halted else 0.0
+            if marks != (used, self._heard):
+                marks, moved = (used, self._heard), now
+            if self._live and stopped >= STOPPED_SECONDS:
+                return EngineDeadError("the engine's process was stopped")
+            if now - moved > IDLE_SECONDS:
+                return EngineDeadError(f"the engine's process has work and did nothing for {now - moved:.1f} s")
+            if now - self._heard > SILENT_SECONDS:
+                return EngineDeadError(f"the engine's process has said nothing for {now - self._heard:.0f} s")
 
-    def _send(self, message: ToEngine) -> None:
-        if self._writer is not None:
-            self._writer.write(frame(message))
+    async def _restart(self, reason: EngineDeadError) -> None:
+        """Put another engine in its place, with what is left of every request. EngineDeadError where that fails."""
+        now = time.monotonic()
+        self._restarts = [*(at for at in self._restarts if at > now - RESTART_WINDOW), now]
+        if len(self._restarts) > self._max_restarts:
+            raise EngineDeadError(
+                f"{reason}; it was restarted {self._max_restarts} times within {RESTART_WINDOW:.0f} s"
+            )
+        for running in list(self._live.values()):
+            running.deaths += 1
+            if running.deaths >= MAX_DEATHS:
+                running.refuse(EngineDeadError(f"the engine died {running.deaths} times while this request ran"))
+        for answer in self._maps:
+            answer.cancel()
+        self._maps.clear()
+        trouble: HeadraceError = reason
+        for pause in PAUSES:
+            if self._engine is not None:
+                self._engine.kill()
+                await self._engine.gone()
+            await asyncio.sleep(pause)
+            try:
+                self.config = await self._launch()
+                break
+            except (HeadraceError, OSError) as error:
+                trouble = EngineDeadError(f"{reason}, and cannot be started again: {error}")
+        else:
+            raise trouble
+        for running in list(self._live.values()):
+            if requests := running.remaining():
+                self._send(Add(requests), now=True)
+
+    def _send(self, message: Add | Finish | Inspect, now: bool = False) -> None:
+        """To the engine; where it is being replaced, the next one hears of all that is live anyway."""
+        if self._engine is not None and (now or self.state == "ready"):
+            self._engine.send(message)
+
+    def _hear(self, message: FromEngine) -> None:
+        self._heard = time.monotonic()
+        if isinstance(message, Events):
+            for report in message.reports:
+                self._note(report)
+            for event in message.events:
+                if running := self._live.get(event.request_id):
+                    running.push(event)
+            if self.observer is not None and message.reports:
+                self.observer.stepped(message.reports)
+        elif isinstance(message, Refused):
+            if message.request_id is None:
+                if self._first is not None and not self._first.done():
+                    self._first.set_exception(error_of(message))
+            elif running := self._live.get(message.request_id):
+                running.refuse(error_of(message))
+        elif isinstance(message, PageMap):
+            if self._maps and not (answer := self._maps.pop(0)).done():
+                answer.set_result(message)
+        elif isinstance(message, Ready) and self._first is not None and not self._first.done():
+            self._first.set_result(message.resolved)
+
+    def _note(self, report: Report) -> None:
+        if report.waits_for is not None:
+            self._waits[report.waits_for] += 1
+        for opened in report.opened:
+            running = self._live.get(opened.request_id)
+            if running is not None and running.waited_for is None:
+                steps = {reason: self._waits[reason] - before for reason, before in running.waits_before.items()}
+                worst = max(steps, key=lambda reason: steps[reason])
+                running.waited_for = worst if steps[worst] else "nothing"
 
 
-class _Live:
-    """A request that runs, and who waits for it."""
+class Running:
+    """A request under way, and all that another engine needs to go on with it."""
 
-    def __init__(self, request_id: str, completion: Completion) -> None:
-        self.request_id, self.completion = request_id, completion
-        self.deltas: list[Delta] = []
-        self.news = asyncio.Event()
-        self.refused: HeadraceError | None = None
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        requests: list[Request],
+        prompt_ids: list[int],
+        listener: Listener,
+        waits_before: dict[Wait, int],
+    ) -> None:
+        self.id, self.requests = requests[0].id, requests
+        self.completion = Completion(prompt_ids, requests[0].params, llm.tokenizer, self._stop)
+        self.error: HeadraceError | None = None
+        self.deaths = 0  # of engines, while it ran
+        self.waits_before = waits_before
+        self.waited_for: Wait | Literal["nothing"] | None = None  # None: not admitted yet
+        self._llm, self._listener = llm, listener
 
     def push(self, event: Event) -> None:
+        """Take in what the engine says. What goes wrong here concerns this request alone."""
         try:
-            if delta := self.completion.push(event):
-                self.deltas.append(delta)
-            self.news.set()
-        except Exception as error:  # concerns this request alone
+            delta = self.completion.push(event)
+            if delta is not None:
+                self._listener(self, delta)
+        except Exception as error:
+            self._llm.forget(self)
             self.refuse(RequestError(f"{type(error).__name__}: {error}"))
 
     def refuse(self, error: HeadraceError) -> None:
-        self.refused = error
-        self.news.set()
+        if self.error is None and not self.completion.done:
+            self.error = error
+            self._listener(self, None)
+
+    def cancel(self) -> None:
+        self._llm.forget(self)
+
+    def remaining(self) -> tuple[Request, ...]:
+        """What another engine must run: each sample behind the tokens that it has."""
+        left = []
+        for request, sample in zip(self.requests, self.completion.output.samples, strict=True):
+            index = request.sample_index
+            if sample.finish_reason is not None:
+                continue
+            if self.completion.stopped[index]:  # only the last event was missing
+                self.push(Event(self.id, index, finish_reason="stop"))
+            elif sample.token_ids:
+                params = msgspec.structs.replace(request.params, prompt_logprobs=None)
+                left.append(msgspec.structs.replace(request, params=params, resumed=tuple(sample.token_ids)))
+            else:
+                self.completion.rewind(index)
+                left.append(request)
+        return tuple(left)
+
+    def _stop(self, index: int) -> Event | None:
+        self._llm._send(Finish(self.id, index, "stop"))
+        return None  # the sample's last event comes by itself

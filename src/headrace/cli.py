@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import ConfigError, HeadraceError, RequestError
+from .serve.command import serve
 
 MAX_PROMPT_BYTES = 64 << 20  # of standard input
 
@@ -52,6 +53,7 @@ eval_app = typer.Typer(no_args_is_help=True, help="Measure a model's quality.")
 bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.command()(serve)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Alias, .gguf file, Hugging Face folder or hf:org/name[:file].")

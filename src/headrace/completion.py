@@ -93,7 +93,7 @@ class Completion:
         ]
         self._stop_ids = frozenset(stop_ids(params, tokenizer))
         self._logits: list[list[np.ndarray]] = [[] for _ in range(params.n)]
-        self._stopped = [False] * params.n  # by a stop string; the last event may be still to come
+        self.stopped = [False] * params.n  # by a stop string; the last event may be still to come
         self._open = params.n
 
     @property
@@ -106,7 +106,7 @@ class Completion:
         sample = self.output.samples[index]
         if sample.finish_reason is not None:
             return None
-        if self._stopped[index]:
+        if self.stopped[index]:
             return self._end(index, "stop", "", event) if event.finish_reason else None
         if event.prompt_logprobs and self.output.prompt_logprobs is not None and index == 0:
             self.output.prompt_logprobs.extend(event.prompt_logprobs)
@@ -117,7 +117,7 @@ class Completion:
         text, matched = self._show(index, event)
         sample.text += text
         if matched:
-            self._stopped[index] = True
+            self.stopped[index] = True
             last = event if event.finish_reason else self._stop(index)
             if last is None:
                 return Delta(index, text, event.tokens, event.logprobs)
@@ -127,6 +127,12 @@ class Completion:
         if not event.tokens:
             return None
         return Delta(index, text, event.tokens, event.logprobs)
+
+    def rewind(self, index: int) -> None:
+        """Forget what was told of a sample's prompt: the sample starts again, without a token so far."""
+        self._logits[index].clear()
+        if index == 0 and self.output.prompt_logprobs is not None:
+            self.output.prompt_logprobs.clear()
 
     def _show(self, index: int, event: Event) -> tuple[str, bool]:
         """Text that is final now, and whether a stop string has ended it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 from .errors import ConfigError
 from .schedule.scheduler import Scheduler
@@ -21,6 +22,7 @@ class Engine:
             raise ConfigError(f"steps_in_flight must be from 1 to 64, got {steps_in_flight}")
         self.scheduler, self.executor, self.steps_in_flight = scheduler, executor, steps_in_flight
         self.trace = Trace()
+        self.observer: Callable[[Step, StepTrace], None] | None = None  # hears of every step that was applied
         self._flight: deque[tuple[Step, Pending, float, float]] = deque()
 
     def step(self) -> list[Event]:
@@ -56,7 +58,10 @@ class Engine:
         answered = time.monotonic()
         events = self.scheduler.apply(result, answered)
         times = (planned, submitted, result.started, result.ended, answered, time.monotonic())
-        self.trace.add(StepTrace(step.number, len(step.chunks), step.rows, *times))
+        entry = StepTrace(step.number, len(step.chunks), step.rows, *times)
+        self.trace.add(entry)
+        if self.observer is not None:
+            self.observer(step, entry)
         return events
 
     def _fail(self, step: Step, error: Exception) -> list[Event]:

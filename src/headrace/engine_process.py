@@ -11,22 +11,27 @@ import signal
 import socket
 import sys
 
-from . import errors
 from .assemble import build_engine, open_model
 from .engine import Engine
 from .errors import HeadraceError
 from .processes import die_with_parent
-from .types import Event
+from .trace import StepTrace
+from .types import Event, Step
 from .workers.wire import (
     HEADER,
     Add,
     Events,
     Finish,
     FromEngine,
+    Inspect,
     Load,
+    OpenedPart,
+    PageMap,
     Ready,
     Refused,
+    Report,
     ToEngine,
+    Wait,
     frame,
     frame_length,
     to_engine,
@@ -47,17 +52,56 @@ def serve(door: Door) -> None:
         door.flush()
         return
     door.send(Ready(resolved))
+    reports: list[Report] = []
+    engine.observer = lambda step, trace: reports.append(_report(engine, step, trace))
     while not door.closed:
         for message in door.take(wait=not engine.busy):
             _obey(engine, door, message)
         if engine.busy:
-            _emit(engine, door, engine.step())
+            events = engine.step()
+            _emit(engine, door, events, reports)
+            reports.clear()
     engine.close()
+
+
+def _report(engine: Engine, step: Step, trace: StepTrace) -> Report:
+    scheduler = engine.scheduler
+    starts = {chunk.seq: chunk.start for chunk in step.chunks} if step.opened else {}
+    return Report(
+        step.number,
+        trace.rows,
+        trace.planned,
+        trace.submitted,
+        trace.started,
+        trace.ended,
+        trace.answered,
+        trace.applied,
+        [(chunk.seq, chunk.start, len(chunk.tokens)) for chunk in step.chunks],
+        [
+            OpenedPart(one.seq, one.request.id, one.request.sample_index, starts[one.seq], len(one.tokens))
+            for one in step.opened
+        ],
+        scheduler.running,
+        scheduler.waiting,
+        tuple(pool.count - 1 - pool.available for pool in scheduler.path.pools),
+        tuple(pool.count - 1 for pool in scheduler.path.pools),
+        _wait(engine, step) if scheduler.waiting else None,
+    )
+
+
+def _wait(engine: Engine, step: Step) -> Wait:
+    """What the first waiting sequence lacks: a place among the running, room in the step, or else pages."""
+    config = engine.scheduler.config
+    if engine.scheduler.running >= config.max_sequences:
+        return "sequences"
+    return "tokens" if step.rows >= config.max_batch_tokens else "pages"
 
 
 def _obey(engine: Engine, door: Door, message: ToEngine) -> None:
     if isinstance(message, Finish):
-        _emit(engine, door, engine.finish(message.request_id, message.sample_index, message.reason))
+        _emit(engine, door, engine.finish(message.request_id, message.sample_index, message.reason), [])
+    elif isinstance(message, Inspect):
+        door.send(PageMap([pool.map() for pool in engine.scheduler.path.pools]))
     elif isinstance(message, Add):
         try:
             for request in message.requests:
@@ -67,16 +111,16 @@ def _obey(engine: Engine, door: Door, message: ToEngine) -> None:
             door.send(_refusal(message.requests[0].id, error))
 
 
-def _emit(engine: Engine, door: Door, events: list[Event]) -> None:
+def _emit(engine: Engine, door: Door, events: list[Event], reports: list[Report]) -> None:
     """Send events; one that no frame can carry ends its request with an error, and concerns no other."""
-    if not events:
+    if not events and not reports:
         return
     try:
-        door.send(Events(events))
+        door.send(Events(events, reports))
     except HeadraceError as error:
         if len(events) > 1:
             for event in events:
-                _emit(engine, door, [event])
+                _emit(engine, door, [event], [])
             return
         engine.finish(events[0].request_id, events[0].sample_index)
         failed = Event(events[0].request_id, events[0].sample_index, finish_reason="error", error=str(error))
@@ -142,14 +186,6 @@ class Door:
             return 0
         length = HEADER.size + frame_length(bytes(self._unread[: HEADER.size]))
         return length if len(self._unread) >= length else 0
-
-
-def error_of(refused: Refused) -> HeadraceError:
-    """The error that a refusal stands for, as the door raises it."""
-    kind = getattr(errors, refused.kind, HeadraceError)
-    error = HeadraceError.__new__(kind if isinstance(kind, type) and issubclass(kind, HeadraceError) else HeadraceError)
-    error.args = (refused.message,)
-    return error
 
 
 def main() -> None:

@@ -134,6 +134,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None  # seconds, time.monotonic
     kind: Kind = "generate"
     salt: str = ""  # sequences share cached prefixes only with the same salt
+    resumed: tuple[
+        int, ...
+    ] = ()  # tokens that another engine had generated before it died; this one goes on behind them
     adapter: int = 0
 
 

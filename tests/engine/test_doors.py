@@ -345,18 +345,18 @@ async def test_async_refusals_and_cancels_concern_one_request(engine: AsyncLLM) 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    slow = await engine.generate("late", long, deadline=0.05)
+    slow = await engine.generate("late", long, deadline=0.01)
     assert slow.finish_reason == "deadline" and len(slow.token_ids) < 500
     assert (await engine.generate("next", GREEDY)).finish_reason == "length"
 
 
 async def test_a_dead_engine_is_reported_to_everyone(tiny: str) -> None:
-    async with AsyncLLM(tiny, threads=1) as engine:
-        assert engine._process is not None
-        os.kill(engine._process.pid, signal.SIGSTOP)  # so that it cannot finish first
+    async with AsyncLLM(tiny, threads=1, max_restarts=0) as engine:
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)  # so that it cannot finish first
         task = asyncio.create_task(engine.generate("x", GREEDY))
         await asyncio.sleep(0.1)
-        os.kill(engine._process.pid, signal.SIGKILL)
+        os.kill(engine.pid, signal.SIGKILL)
         with pytest.raises(EngineDeadError):
             await task
         with pytest.raises(EngineDeadError):

@@ -147,6 +147,11 @@ class Pages:
         self._free.extend(self._idle)
         self._idle.clear()
 
+    def map(self) -> bytes:
+        """A byte a page: 0 free, 1 kept for its prefix, 2 held once, 3 shared."""
+        idle = self._idle
+        return bytes(1 if page in idle else min(refs + 1, 3) if refs else 0 for page, refs in enumerate(self._refs))
+
     def check(self, tables: Iterable[PageTable]) -> None:
         """Prove that no page is lost, held twice or freed while held, given every live table. Raises AssertionError."""
         refs = [0] * self.count

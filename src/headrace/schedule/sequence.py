@@ -44,8 +44,8 @@ class Sequence:
 
     def __init__(self, request: Request, order: int, max_length: int, page_size: int) -> None:
         self.request, self.arrival_order, self.max_length = request, order, max_length
-        self.tokens = list(request.prompt_ids)
-        self.prompt_length = len(self.tokens)
+        self.tokens = [*request.prompt_ids, *request.resumed]
+        self.prompt_length = len(request.prompt_ids)
         self.keys = PrefixKeys(page_size, f"{request.adapter}:{request.salt}")
         self.residence: Residence | None = None
         self.computed = self.scheduled = self.published = 0  # tokens, tokens, pages

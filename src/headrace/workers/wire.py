@@ -4,11 +4,12 @@ raw bytes."""
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
+from .. import errors
 from ..config import Resolved, Settings
 from ..errors import HeadraceError
 from ..types import Event, FinishReason, Request
@@ -16,6 +17,8 @@ from ..types import Event, FinishReason, Request
 MAX_FRAME = 1 << 30
 HEADER = struct.Struct("<I")
 _DTYPES = ("float32", "int32", "int64")
+
+Wait = Literal["sequences", "tokens", "pages"]
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -41,8 +44,53 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     reason: FinishReason
 
 
+class Inspect(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a PageMap."""
+
+
+class PageMap(msgspec.Struct, frozen=True, tag=True):
+    """What each page of each pool holds: a byte a page, 0 free, 1 kept for its prefix, 2 held by one sequence, 3 shared
+    by several. Page 0 is the trash page and always 0."""
+
+    pools: list[bytes]
+
+
+class OpenedPart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that a step admitted, for the first time or again after a preemption."""
+
+    handle: int
+    request_id: str
+    sample_index: int
+    cached: int  # tokens taken from the prefix cache, or from a sibling
+    length: int  # tokens that it starts with
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """One applied step: its times (seconds, time.monotonic, which processes of a machine share), what it was made of,
+    and where the engine stood after it."""
+
+    number: int
+    rows: int
+    planned: float
+    submitted: float
+    started: float
+    ended: float
+    answered: float
+    applied: float
+    parts: list[tuple[int, int, int]]  # of each chunk: handle, start, tokens
+    opened: list[OpenedPart]
+    running: int
+    waiting: int
+    pages_held: tuple[int, ...]  # of each pool
+    pages: tuple[int, ...]  # of each pool, the trash page left out
+    waits_for: Wait | None  # what the first waiting sequence lacked
+
+
 class Events(msgspec.Struct, frozen=True, tag=True):
+    """What came of a turn of the engine's loop: at most one such message a step."""
+
     events: list[Event]
+    reports: list[Report] = []
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -53,8 +101,16 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Load | Add | Finish
-FromEngine = Ready | Events | Refused
+ToEngine = Load | Add | Finish | Inspect
+FromEngine = Ready | Events | Refused | PageMap
+
+
+def error_of(refused: Refused) -> HeadraceError:
+    """The error that a refusal stands for, as the door raises it."""
+    kind = getattr(errors, refused.kind, HeadraceError)
+    error = HeadraceError.__new__(kind if isinstance(kind, type) and issubclass(kind, HeadraceError) else HeadraceError)
+    error.args = (refused.message,)
+    return error
 
 
 def _encode_array(value: Any) -> Any:

@@ -1,0 +1,6 @@
+"""The HTTP door: OpenAI's API over one AsyncLLM per model.
+
+socket ─▶ protocol (limits) ─▶ gate (id, key, log) ─▶ routes ─▶ bodies (validate) ─▶ Job
+                                                                                      │ admit, submit
+socket ◀─ stream / reply ◀─ replies (bytes) ◀─ parser (tools) ◀── Exchange ◀── Delta ◀┘
+"""

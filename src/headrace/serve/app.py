@@ -1,0 +1,269 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+
+from .. import __version__
+from .bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    Job,
+    LoadBody,
+    ScoreBody,
+    TokenizeBody,
+    chat_job,
+    completion_job,
+    parse,
+    score_job,
+)
+from .exchange import Exchange
+from .faults import Fault
+from .gate import Call, Gate
+from .metrics import Metrics
+from .models import Models, Served
+from .options import ServeOptions
+from .replies import Replies, dumps
+from .stream import EventStream
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Streamed(Response):
+    """A response that an EventStream sends."""
+
+    def __init__(self, stream: EventStream) -> None:
+        self.stream = stream
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        call: Call = scope["headrace.call"]
+        fault = await self.stream.send(receive, send)
+        call.note(gone=self.stream.gone)
+        if fault is not None:
+            raise fault
+
+
+class Server:
+    """The application's state, and its handlers."""
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.options = options
+        self.metrics = Metrics()
+        self.models = Models(self.metrics, options.settings())
+        self.streams: set[EventStream] = set()
+        self.draining = False
+        self.started = time.time()
+
+    def app(self) -> Gate:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            Route("/v1/score", self.score, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.metrics_text),
+            Route("/version", self.version),
+            Route("/openapi.json", self.openapi),
+            Route("/admin/load", self.load, methods=["POST"]),
+            Route("/admin/unload", self.unload, methods=["POST"]),
+        ]
+        return Gate(Router(routes, redirect_slashes=False), self)
+
+    # Generation
+
+    async def chat(self, request: Request) -> Response:
+        body = parse(ChatBody, await self._body(request))
+        served = self._taking(body.model)
+        return await self._run(request, served, await chat_job(body, served.llm))
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(CompletionBody, await self._body(request))
+        served = self._taking(body.model)
+        return await self._run(request, served, await completion_job(body, served.llm))
+
+    async def score(self, request: Request) -> Response:
+        body = parse(ScoreBody, await self._body(request))
+        served = self._taking(body.model)
+        exchange = await self._whole(request, served, await score_job(body, served.llm))
+        return _json(exchange.scores())
+
+    async def embeddings(self, request: Request) -> Response:
+        body = parse(EmbeddingBody, await self._body(request))
+        served = self._taking(body.model)
+        raise Fault(400, f"model {served.name!r} generates text and makes no embeddings", param="model",
+                    code="unsupported_model")  # fmt: skip
+
+    async def _run(self, request: Request, served: Served, job: Job) -> Response:
+        if not job.stream:
+            exchange = await self._whole(request, served, job)
+            return _json(exchange.answer())
+        exchange = self._exchange(request, served, job)
+        call: Call = request.scope["headrace.call"]
+        stream = EventStream(exchange, call.headers())
+        exchange.start()
+        self.streams.add(stream)
+        exchange_over = lambda: self.streams.discard(stream)  # noqa: E731
+        call.at_end.append(exchange_over)
+        return Streamed(stream)
+
+    async def _whole(self, request: Request, served: Served, job: Job) -> Exchange:
+        """Run a job to its end, unless the client leaves."""
+        exchange = self._exchange(request, served, job)
+        leaving = asyncio.create_task(_left(request))
+        ending = asyncio.create_task(exchange.done.wait())
+        try:
+            exchange.start()
+            await asyncio.wait([leaving, ending], return_when=asyncio.FIRST_COMPLETED)
+            if not exchange.done.is_set():
+                request.scope["headrace.call"].note(gone="the client has left")
+                raise Fault(499, "the client has left")
+            if exchange.fault is not None:
+                raise exchange.fault
+            return exchange
+        finally:
+            exchange.stop()
+            leaving.cancel()
+            ending.cancel()
+
+    def _exchange(self, request: Request, served: Served, job: Job) -> Exchange:
+        """Admission: a place in the queue, or Fault 429."""
+        room = served.capacity(self.options.max_queue) - served.llm.live
+        if job.sequences > room:
+            served.collector.refused.inc()
+            raise Fault(
+                429, f"the queue is full ({served.llm.live} sequences); try again later", code="queue_full",
+                headers={"Retry-After": str(self._retry_after(served))},
+            )  # fmt: skip
+        call: Call = request.scope["headrace.call"]
+        exchange = Exchange(job, served.llm, Replies(job, served.name, served.llm.tokenizer, call.id), served.collector)
+        call.exchange = exchange
+        return exchange
+
+    def _retry_after(self, served: Served) -> int:
+        """Seconds until a place in the queue should be free: its length at the pace of late."""
+        return 1
+
+    def _taking(self, name: str | None) -> Served:
+        if self.draining:
+            raise Fault(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        return self.models.usable(name)
+
+    async def _body(self, request: Request) -> bytes:
+        return await request.body()
+
+    # Tokens
+
+    async def tokenize(self, request: Request) -> Response:
+        body = parse(TokenizeBody, await self._body(request))
+        llm = self.models.usable(body.model).llm
+        if (body.prompt is None) == (body.messages is None):
+            raise Fault(400, "give either prompt or messages", param="prompt")
+        if body.messages is not None:
+            ids = await asyncio.to_thread(llm.ready().chat_ids, body.messages)
+        else:
+            ids = await asyncio.to_thread(llm.tokenizer.encode, body.prompt or "", add_special=body.add_special_tokens)
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": llm.config.max_context, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [llm.tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]
+        return _json(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        body = parse(DetokenizeBody, await self._body(request))
+        llm = self.models.usable(body.model).llm
+        for token in body.tokens:
+            if not 0 <= token < llm.spec.vocab_size:
+                raise Fault(400, f"token ids go from 0 to {llm.spec.vocab_size - 1}, got {token}", param="tokens")
+        return _json({"prompt": await asyncio.to_thread(llm.tokenizer.decode, body.tokens, False)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        llm = self.models.usable(request.query_params.get("model")).llm
+        tokenizer = llm.tokenizer
+
+        def name(token: int | None) -> str | None:
+            return None if token is None else tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+        return _json(
+            {
+                "vocab_size": llm.spec.vocab_size,
+                "model_max_length": llm.config.max_context,
+                "bos_token": name(tokenizer.bos_id),
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token": name(next(iter(tokenizer.eos_ids), None)),
+                "eos_token_ids": list(tokenizer.eos_ids),
+                "add_bos_token": tokenizer.add_bos,
+                "chat_template": tokenizer.chat_template,
+                "special_tokens": {name(token): token for token in sorted(tokenizer.special_ids)},
+            }
+        )
+
+    # Operation
+
+    async def list_models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [self._card(served) for served in self.models.served.values()]})
+
+    async def one_model(self, request: Request) -> Response:
+        return _json(self._card(self.models.find(request.path_params["name"])))
+
+    def _card(self, served: Served) -> dict[str, Any]:
+        card = {"id": served.name, "object": "model", "created": served.created, "owned_by": "headrace"}
+        if served.state == "ready":
+            card["max_model_len"] = served.llm.config.max_context
+        return {**card, "state": served.state}
+
+    async def health(self, request: Request) -> Response:
+        """200 while every model's engine makes progress; its state otherwise. Open to all, so it names no model."""
+        states = [served.state for served in self.models.served.values()]
+        worst = next((s for s in ("dead", "closed", "stalled", "loading", "new") if s in states), "ok")
+        return _json({"status": worst}, 200 if worst == "ok" and states else 503)
+
+    async def ready(self, request: Request) -> Response:
+        states = {served.name: served.state for served in self.models.served.values()}
+        fine = bool(states) and not self.draining and all(state == "ready" for state in states.values())
+        status = "draining" if self.draining else "ready" if fine else "not ready"
+        return _json({"status": status, "models": states}, 200 if fine else 503)
+
+    async def metrics_text(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def version(self, request: Request) -> Response:
+        return _json({"version": __version__})
+
+    async def openapi(self, request: Request) -> Response:
+        from .openapi import document
+
+        return _json(document())
+
+    async def load(self, request: Request) -> Response:
+        body = parse(LoadBody, await self._body(request))
+        served = await self.models.load(body.model, body.name)
+        return _json(self._card(served))
+
+    async def unload(self, request: Request) -> Response:
+        body = parse(LoadBody, await self._body(request))
+        await self.models.unload(body.name or body.model)
+        return _json({"unloaded": body.name or body.model})
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(dumps(content), status, media_type="application/json")

@@ -1,0 +1,329 @@
+"""Request bodies, and the Jobs that they become. Shapes and types are msgspec's to check, numbers are SamplingParams'
+and Frontend's: each once."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from ..async_llm import AsyncLLM
+from ..frontend import Frontend
+from ..types import Kind, SamplingParams
+from .faults import Fault
+from .parser import TextParser
+
+MAX_PROMPTS = 256
+MAX_CHOICES = 128
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+LONG_TEXT = 8192  # characters above which encoding leaves the event loop
+
+
+# A text, token ids, or a list of either. msgspec checks the leaves, `_prompts` that they are not mixed.
+Prompts = str | list[str | int | list[int]]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True):
+    """What completions and chats have in common. Fields that are not listed are ignored, as OpenAI's own are many."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = None
+    deadline_ms: float | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+
+
+class CompletionBody(Body, frozen=True, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: Prompts
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+
+
+class ChatBody(Body, frozen=True, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+
+
+class ScoreBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/score: the log-probabilities of a prompt's own tokens."""
+
+    prompt: Prompts
+    model: str | None = None
+    top_logprobs: int | None = None
+    priority: int | None = None
+    deadline_ms: float | None = None
+    cache_salt: str | None = None
+
+
+class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /v1/embeddings."""
+
+    input: Prompts
+    model: str | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+
+
+class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /tokenize: of a text, or of a conversation as the model will see it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /admin/load and /admin/unload. `name` is what clients call the model."""
+
+    model: str
+    name: str | None = None
+
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], data: bytes) -> T:
+    """A body of JSON. Fault 400 where it is not what it must be."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        _, _, where = str(error).partition(" - at `$.")
+        param = where.rstrip("`").partition("[")[0] or None
+        raise Fault(400, str(error).replace("`", "'"), param=param, code="invalid_type") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Fault(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise Fault(400, "the body nests too deeply", code="invalid_json") from None
+
+
+@dataclass
+class Job:
+    """A checked request: what to run, and how to show it. Prompt p's sample s is choice p * n + s."""
+
+    prompts: list[list[int]]
+    params: SamplingParams  # `n` samples of each prompt; of best_of samples, `choices` are shown
+    choices: int
+    chat: bool
+    kind: Kind = "generate"
+    options: dict[str, Any] = field(default_factory=dict)  # of AsyncLLM.submit
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    echo: bool = False
+    token_ids: bool = False  # show them
+    top_logprobs: int | None = None  # show logprobs, with this many most likely tokens
+    parser: Callable[[], TextParser] | None = None  # of the text of each choice
+
+    @property
+    def sequences(self) -> int:
+        return len(self.prompts) * self.params.n
+
+
+async def completion_job(body: CompletionBody, llm: AsyncLLM) -> Job:
+    frontend = llm.ready()
+    if body.suffix:
+        raise Fault(400, "suffix is not supported: the models here do not fill in", param="suffix")
+    prompts = await _prompts(frontend, body.prompt)
+    scores_only = body.echo and body.max_tokens == 0
+    n, best_of = body.n or (1 if body.n is None else 0), body.best_of
+    if best_of is not None and (best_of < n or best_of > MAX_CHOICES):
+        raise Fault(400, f"best_of must be from n ({n}) to {MAX_CHOICES}, got {best_of}", param="best_of")
+    if best_of is not None and best_of > n and body.stream:
+        raise Fault(
+            400, "best_of above n cannot be streamed: which samples are best is known at the end", param="best_of"
+        )
+    logprobs = body.logprobs
+    own = {"max_tokens": 1 if scores_only else 16 if body.max_tokens is None else body.max_tokens}
+    if logprobs is not None or (best_of or n) > n:
+        own["logprobs"] = logprobs or 0
+    if (body.echo and logprobs is not None) or scores_only:
+        own["prompt_logprobs"] = logprobs or 0
+    params = _params(body, n=best_of or n, **own)
+    job = Job(prompts, params, n, chat=False, top_logprobs=logprobs, echo=bool(body.echo), **_common(body))
+    job.kind = "score" if scores_only else "generate"
+    _check_fit(job, llm, body.max_tokens or 0)
+    return job
+
+
+async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
+    frontend = llm.ready()
+    if body.audio is not None or (body.modalities and body.modalities != ["text"]):
+        raise Fault(400, "only text can be generated here", param="modalities")
+    if body.tools:
+        raise Fault(400, "tools are not supported yet", param="tools")
+    size = sum(len(str(message.get("content", ""))) for message in body.messages)
+    prompt = await _encode(frontend.chat_ids, body.messages, size)
+    wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    left = max(1, llm.config.max_context - len(prompt))
+    own: dict[str, Any] = {"max_tokens": left if wanted is None else wanted}
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Fault(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    if top is not None:
+        own["logprobs"] = top
+    params = _params(body, n=1 if body.n is None else body.n, **own)
+    job = Job([prompt], params, params.n, chat=True, top_logprobs=top, **_common(body))
+    _check_fit(job, llm, wanted or 0)
+    return job
+
+
+async def score_job(body: ScoreBody, llm: AsyncLLM) -> Job:
+    prompts = await _prompts(llm.ready(), body.prompt)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=body.top_logprobs or 0)
+    job = Job(prompts, params, 1, chat=False, kind="score", top_logprobs=body.top_logprobs or 0, options=_options(body))
+    _check_fit(job, llm, 0)
+    return job
+
+
+def constraint(body: Body) -> dict[str, Any]:
+    """SamplingParams' fields for what the answer must look like (response_format and its relatives)."""
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        raise Fault(400, "response_format other than text is not supported yet", param="response_format")
+    for name in ("guided_json", "guided_regex", "guided_grammar"):
+        if getattr(body, name) is not None:
+            raise Fault(400, f"{name} is not supported yet", param=name)
+    return {}
+
+
+_SAME = (
+    "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "min_p", "typical_p",
+    "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens",
+)  # fmt: skip
+
+
+def _params(body: Body, **own: Any) -> SamplingParams:
+    given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    if body.top_k is not None:
+        given["top_k"] = 0 if body.top_k == -1 else body.top_k
+    if body.include_stop_str_in_output is not None:
+        given["include_stop"] = body.include_stop_str_in_output
+    if body.stop:
+        given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    if body.logit_bias:
+        try:
+            given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+        except ValueError:
+            raise Fault(400, "logit_bias must map token ids to numbers", param="logit_bias") from None
+    return SamplingParams(**given, **constraint(body), **own)
+
+
+def _options(body: Body | ScoreBody) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if body.priority is not None:
+        options["priority"] = body.priority
+    if body.deadline_ms is not None:
+        if not 0 < body.deadline_ms <= MAX_DEADLINE_MS or not math.isfinite(body.deadline_ms):
+            raise Fault(
+                400, f"deadline_ms must be above 0 and at most {MAX_DEADLINE_MS}, got {body.deadline_ms}",
+                param="deadline_ms",
+            )  # fmt: skip
+        options["deadline"] = body.deadline_ms / 1000
+    if body.cache_salt is not None:
+        options["salt"] = body.cache_salt
+    return options
+
+
+def _common(body: Body) -> dict[str, Any]:
+    if body.stream_options is not None and not body.stream:
+        raise Fault(400, "stream_options needs stream to be true", param="stream_options")
+    shown = body.stream_options or StreamOptions()
+    return {
+        "options": _options(body),
+        "stream": bool(body.stream),
+        "include_usage": shown.include_usage,
+        "continuous_usage": shown.continuous_usage_stats,
+        "token_ids": bool(body.return_token_ids),
+    }
+
+
+async def _prompts(frontend: Frontend, given: Prompts) -> list[list[int]]:
+    kinds = {type(item) for item in given} if isinstance(given, list) else set()
+    if len(kinds) > 1:
+        raise Fault(400, "prompt must be a text, token ids, or a list of either; these are mixed", param="prompt")
+    many: list[Any] = [given] if isinstance(given, str) or kinds == {int} else list(given)
+    if not 1 <= len(many) <= MAX_PROMPTS:
+        raise Fault(400, f"prompt must hold from 1 to {MAX_PROMPTS} prompts, got {len(many)}", param="prompt")
+    return [
+        await _encode(frontend.prompt_ids, prompt, len(prompt)) if prompt else _no_prompt(index)
+        for index, prompt in enumerate(many)
+    ]
+
+
+def _no_prompt(index: int) -> list[int]:
+    raise Fault(400, f"prompt {index} is empty; give at least one token", param="prompt")
+
+
+async def _encode(encode: Callable[[Any], list[int]], what: Any, size: int) -> list[int]:
+    """Long texts are encoded in a thread; for short ones the way there costs more than the work."""
+    return encode(what) if size <= LONG_TEXT else await asyncio.to_thread(encode, what)
+
+
+def _check_fit(job: Job, llm: AsyncLLM, asked: int) -> None:
+    context = llm.config.max_context
+    if len(job.prompts) * job.choices > MAX_PROMPTS:
+        raise Fault(
+            400, f"{len(job.prompts)} prompts times n = {job.choices} is more than {MAX_PROMPTS} choices", param="n"
+        )
+    for prompt in job.prompts:
+        if len(prompt) + max(asked, int(job.kind == "generate")) > context:
+            raise Fault(
+                400,
+                f"this model's context is {context} tokens; the prompt has {len(prompt)}, and {asked} more are asked for",
+                code="context_length_exceeded",
+                param="messages" if job.chat else "prompt",
+            )

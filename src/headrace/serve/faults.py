@@ -1,0 +1,62 @@
+"""What goes wrong, in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..errors import CapacityError, EngineDeadError, HeadraceError, RequestError, TemplateError
+
+
+class Fault(Exception):
+    """An answer that is an error. `message` is shown to the client: it names what the client sent, never internals."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
+
+    @property
+    def kind(self) -> str:
+        return _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What a client is told of an error. Unknown ones are told as such: their text may name internals."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, CapacityError):
+        return Fault(400, str(error), code="context_length_exceeded")
+    if isinstance(error, (RequestError, TemplateError)):
+        return Fault(400, str(error), code="invalid_value")
+    if isinstance(error, EngineDeadError):
+        return Fault(503, "the model's engine is not running; try again later", code="engine_dead")
+    if isinstance(error, HeadraceError):
+        return Fault(500, "the model cannot do this now", code=type(error).__name__)
+    return Fault(500, "internal error; the server's log has it under this request's id", code="internal_error")
+
+
+def deadline_fault() -> Fault:
+    return Fault(504, "the request's deadline passed before it was complete", code="deadline_exceeded")

@@ -1,0 +1,147 @@
+"""What the server knows of itself: Prometheus metrics, and a feed of steps and requests for whoever watches live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..workers.wire import Report
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+MODEL = ("model_name",)
+
+Watcher = Callable[[str, Any], None]
+
+
+class Metrics:
+    """All metrics of a server. `feed` tells watchers of ("steps", (model, reports)), ("admitted" or "finished",
+    exchange) and ("restarted", (model, reason, seconds)), in the event loop."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = MODEL) -> Gauge:
+            return Gauge(f"headrace_{name}", text, labels, registry=registry)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = MODEL) -> Counter:
+            return Counter(f"headrace_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+            return Histogram(f"headrace_{name}", text, MODEL, buckets=buckets, registry=registry)
+
+        self.running = gauge("num_requests_running", "Sequences in the running batch.")
+        self.waiting = gauge("num_requests_waiting", "Sequences in the engine's queue.")
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV pages held by sequences, 0 to 1.")
+        self.ready = gauge("engine_ready", "1 while the model's engine is ready.")
+        self.restarts = counter("engine_restarts", "Engine processes replaced.")
+        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens taken from the prefix cache.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that were admitted.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self.preemptions = counter("num_preemptions", "Sequences preempted for lack of KV pages.")
+        self.steps = counter("engine_steps", "Steps that the engine has run.")
+        self.success = counter("request_success", "Requests that ended, by reason.", ("model_name", "finished_reason"))
+        self.answers = counter("http_requests", "HTTP answers.", ("method", "path", "status"))
+        self.refused = counter("requests_refused", "Requests refused because the queue was full.")
+        self.ttft = histogram("time_to_first_token_seconds", "From the request to its first token.")
+        self.itl = histogram("inter_token_latency_seconds", "From one token of a request to its next.")
+        self.e2e = histogram("e2e_request_latency_seconds", "From the request to its last token.")
+        self.queue = histogram("request_queue_time_seconds", "From the request to its first step.")
+        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.")
+        self.decode = histogram("request_decode_time_seconds", "From the first token to the last.")
+        self.step_seconds = histogram("engine_step_seconds", "Time of a step on the worker.")
+        self.step_rows = histogram("iteration_tokens_total", "Tokens computed in a step.", TOKENS)
+        self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self.request_generated = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
+        self._watchers: list[Watcher] = []
+
+    def collector(self, model: str) -> Collector:
+        return Collector(self, model)
+
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Hear of everything from now on, until the returned function is called."""
+        self._watchers.append(watcher)
+        return lambda: self._watchers.remove(watcher)
+
+    def feed(self, kind: str, what: Any) -> None:
+        for watcher in list(self._watchers):
+            watcher(kind, what)
+
+    def text(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class Collector:
+    """One model's side of the metrics; hears its engine (AsyncLLM.observer) and its exchanges."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.metrics, self.model = metrics, model
+        m = metrics
+        self._running, self._waiting, self._kv = (
+            m.running.labels(model),
+            m.waiting.labels(model),
+            m.kv_usage.labels(model),
+        )
+        self._hits, self._queries = m.prefix_hits.labels(model), m.prefix_queries.labels(model)
+        self._steps, self._generated = m.steps.labels(model), m.generation_tokens.labels(model)
+        self._step_seconds, self._rows, self._itl = (
+            m.step_seconds.labels(model), m.step_rows.labels(model), m.itl.labels(model),
+        )  # fmt: skip
+        self.refused = m.refused.labels(model)
+
+    # The engine
+
+    def stepped(self, reports: list[Report]) -> None:
+        for report in reports:
+            self._steps.inc()
+            self._step_seconds.observe(report.ended - report.started)
+            self._rows.observe(report.rows)
+            for opened in report.opened:
+                self._queries.inc(opened.length)
+                self._hits.inc(opened.cached)
+        last = reports[-1]
+        self._running.set(last.running)
+        self._waiting.set(last.waiting)
+        self._kv.set(max(held / pages for held, pages in zip(last.pages_held, last.pages, strict=True)))
+        self.metrics.feed("steps", (self.model, reports))
+
+    def restarted(self, reason: str, pause: float) -> None:
+        self.metrics.restarts.labels(self.model).inc()
+        self.metrics.feed("restarted", (self.model, reason, pause))
+
+    # Exchanges
+
+    def admitted(self, exchange: Exchange) -> None:
+        self.metrics.prompt_tokens.labels(self.model).inc(sum(map(len, exchange.job.prompts)))
+        self.metrics.feed("admitted", exchange)
+
+    def token(self, exchange: Exchange, now: float, count: int) -> None:
+        self._generated.inc(count)
+        if exchange.first is None:
+            self.metrics.ttft.labels(self.model).observe(now - exchange.began)
+        elif exchange.job.sequences == 1:
+            self._itl.observe(now - exchange.last)
+
+    def finished(self, exchange: Exchange) -> None:
+        m, model = self.metrics, self.model
+        samples = [sample for output in exchange.outputs for sample in output.samples]
+        reason = exchange.fault.code if exchange.fault else samples[0].finish_reason if samples else None
+        m.success.labels(model, reason or "none").inc()
+        m.e2e.labels(model).observe(time.monotonic() - exchange.began)
+        m.request_prompt.labels(model).observe(sum(map(len, exchange.job.prompts)))
+        m.request_generated.labels(model).observe(exchange.tokens)
+        for sample in samples:
+            if sample.finish_reason is not None:
+                m.queue.labels(model).observe(sample.timings.queue)
+                m.prefill.labels(model).observe(sample.timings.prefill)
+                m.decode.labels(model).observe(sample.timings.decode)
+                m.preemptions.labels(model).inc(sample.timings.preemptions)
+        m.feed("finished", exchange)

@@ -1,0 +1,94 @@
+"""The models that a server offers, by the names that clients use."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..async_llm import AsyncLLM
+from ..errors import HeadraceError
+from .faults import Fault
+from .metrics import Collector, Metrics
+
+
+@dataclass
+class Served:
+    """One model: its engine, and its side of the metrics."""
+
+    name: str
+    llm: AsyncLLM
+    collector: Collector
+    created: int = field(default_factory=lambda: int(time.time()))
+    trouble: str | None = None  # why it could not be loaded
+
+    @property
+    def state(self) -> str:
+        return "stalled" if self.llm.state == "ready" and self.llm.silence > STALL_SECONDS else self.llm.state
+
+    def capacity(self, max_queue: int) -> int:
+        """Sequences that may be here at once, running and waiting."""
+        return self.llm.config.max_sequences + max_queue
+
+
+STALL_SECONDS = 30.0  # of silence with work to do, after which a model does not count as healthy
+
+
+class Models:
+    """Loads, finds and unloads. The first model is the one that a request without a name gets."""
+
+    def __init__(self, metrics: Metrics, settings: dict[str, Any]) -> None:
+        self._metrics, self._settings = metrics, settings
+        self.served: dict[str, Served] = {}
+
+    async def load(self, model: str, name: str | None = None) -> Served:
+        """Load one more. Fault 409 where the name is taken; raises what loading raised."""
+        name = name or model
+        if (before := self.served.get(name)) is not None and before.state not in ("dead", "closed"):
+            raise Fault(409, f"a model named {name!r} is loaded already; unload it first", code="model_exists")
+        collector = self._metrics.collector(name)
+        llm = AsyncLLM(model, **self._settings)
+        llm.observer = collector
+        served = self.served[name] = Served(name, llm, collector)
+        try:
+            await llm.start()
+        except HeadraceError as error:
+            served.trouble = str(error)
+            raise
+        self._metrics.ready.labels(name).set(1)
+        return served
+
+    async def unload(self, name: str) -> None:
+        """Close a model; its requests end with an error."""
+        served = self.find(name)
+        del self.served[served.name]
+        self._metrics.ready.labels(served.name).set(0)
+        await served.llm.close()
+
+    def find(self, name: str | None) -> Served:
+        """Fault 404 where there is none of that name."""
+        if name is None or name == "":
+            if self.served:
+                return next(iter(self.served.values()))
+            raise Fault(503, "no model is loaded", code="model_not_ready")
+        try:
+            return self.served[name]
+        except KeyError:
+            raise Fault(
+                404, f"there is no model {name[:200]!r}; GET /v1/models lists those there are",
+                code="model_not_found", param="model",
+            ) from None  # fmt: skip
+
+    def usable(self, name: str | None) -> Served:
+        """`find`, and Fault 503 where it is not ready to take requests."""
+        served = self.find(name)
+        if served.state in ("new", "loading"):
+            raise Fault(503, f"model {served.name!r} is loading; try again soon", code="model_not_ready",
+                        headers={"Retry-After": "1"})  # fmt: skip
+        if served.state in ("dead", "closed"):
+            raise Fault(503, f"model {served.name!r} is not running", code="engine_dead")
+        return served
+
+    async def close(self) -> None:
+        await asyncio.gather(*(served.llm.close() for served in self.served.values()), return_exceptions=True)

@@ -1,0 +1,104 @@
+"""A streamed answer as ASGI: server-sent events, bounded in memory and time however slowly the client reads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from .exchange import Exchange
+from .faults import Fault
+
+MAX_PENDING = 1 << 20  # bytes of a stream that wait for the client
+FIRST_SECONDS = 5.0  # so long a stream may wait for its first token before it says 200
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class EventStream:
+    """Sends what an Exchange emits. Ends the exchange when the client leaves, or does not read."""
+
+    def __init__(self, exchange: Exchange, headers: dict[str, str]) -> None:
+        self.exchange, self._headers = exchange, headers
+        self._pending: list[bytes] = []
+        self._size = 0
+        self._wake = asyncio.Event()
+        self.sending_since: float | None = None  # a send that has not returned
+        self.sent_at = time.monotonic()
+        self.gone: str | None = None  # why nothing more is sent
+        self._task: asyncio.Task[Any] | None = None
+        exchange.emit = self.push
+
+    def push(self, data: bytes) -> None:
+        """Queue bytes; a client that leaves too many of them waiting is given up."""
+        self._pending.append(data)
+        self._size += len(data)
+        if self._size > MAX_PENDING:
+            self.give_up(f"the client left {self._size} bytes unread")
+        self._wake.set()
+
+    def give_up(self, why: str) -> None:
+        if self.gone is None:
+            self.gone = why
+            self._pending.clear()
+            self._size = 0
+            self.exchange.stop()
+            self._wake.set()
+            if self._task is not None and self.sending_since is not None:
+                self._task.cancel()
+
+    async def send(self, receive: Receive, send: Send) -> Fault | None:
+        """The whole life of the stream. A Fault is returned where nothing was sent yet."""
+        exchange, done = self.exchange, self.exchange.done
+        self._task = asyncio.current_task()
+        watcher = asyncio.create_task(self._watch(receive))
+        ender = asyncio.create_task(done.wait())
+        ender.add_done_callback(lambda _: self._wake.set())
+        try:
+            try:
+                await asyncio.wait_for(self._wake.wait(), FIRST_SECONDS)
+            except TimeoutError:
+                pass
+            if exchange.fault is not None and not self._pending:
+                return exchange.fault
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
+            while self.gone is None:
+                self._wake.clear()
+                last = done.is_set()
+                if self._pending:
+                    body = b"".join(self._pending)
+                    self._pending.clear()
+                    self._size = 0
+                    await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
+                if last and not self._pending:
+                    body = b"data: " + exchange.fault.body() + b"\n\ndata: [DONE]\n\n" if exchange.fault else b""
+                    await self._send(send, {"type": "http.response.body", "body": body, "more_body": False})
+                    return None
+                if not last:
+                    await self._wake.wait()
+            return None
+        finally:
+            watcher.cancel()
+            ender.cancel()
+            exchange.stop()
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        self.sending_since = time.monotonic()
+        await send(message)
+        self.sending_since, self.sent_at = None, time.monotonic()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.give_up("the client has left")
+
+    def _raw_headers(self) -> list[tuple[bytes, bytes]]:
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **self._headers,
+        }
+        return [(name.encode(), value.encode()) for name, value in headers.items()]
