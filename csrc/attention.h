@@ -1,7 +1,7 @@
 // Paged keys and values, and causal grouped-query attention over them.
 //
 // Keys are taken in blocks of kSplit positions that start at multiples of kSplit. For one query and one block:
-//     s_t = softcap(scale * q . k_t) / ln 2, sums over head_dim ascending        m = max s_t       p_t = 2^(s_t - m)
+//     s_t = (softcap(scale * q . k_t) + slope * (t - position)) / ln 2, sums over head_dim ascending    m = max s_t    p_t = 2^(s_t - m)
 //     l = sum p_t in 16 lanes by t mod 16, ascending, then halving               o = sum p_t v_t, t ascending
 // and blocks are merged in ascending order: m' = max(m, m_b), a = 2^(m - m'), b = 2^(m_b - m'), l = fma(l, a, l_b * b), o likewise.
 // So a row has the same bits whichever chunk, page, batch or thread it is computed in. With float32 and float16 storage, products are
@@ -43,6 +43,7 @@ struct AttentionCall {
     float scale;
     int window;     // 0: none
     float softcap;  // 0: none
+    const float* slopes = nullptr;  // ALiBi: of each query vector; the score of a key at t gains slope * (t - position)
 };
 
 // Keys that the next unit of work will read: fetched into cache meanwhile. past == first: none.

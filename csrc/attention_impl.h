@@ -339,21 +339,25 @@ struct Seen {
     int first, past;
 };
 
-// Scores of one query become weights p, in place, as words; gives m and l.
+constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Scores of one query become weights p, in place, as words; gives m and l. `distance`: from the query to the block's start.
 template <class S>
-inline void soften(const AttentionCall& call, float* row, Seen seen, int first_tile, int past_tile, const Tiles& tiles, float* m, float* l) {
+inline void soften(const AttentionCall& call, float* row, Seen seen, float slope, int distance, int first_tile, int past_tile, const Tiles& tiles, float* m,
+                   float* l) {
     const Floats none = all(-INFINITY);
     Floats best = none;
     for (int t = first_tile; t < past_tile; ++t) {
         const int from = seen.first - t * kTile, to = seen.past - t * kTile;
         const bool whole = from <= 0 && to >= kTile;
         Floats s = load(row + t * kTile);
-        if (S::kBytes || call.softcap > 0 || !whole) {
+        if (S::kBytes || call.softcap > 0 || slope != 0 || !whole) {
             if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
             if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
                 const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
                 s = tanh * all(call.softcap * kLog2E);
             }
+            if (slope != 0) s = fma(all(slope * kLog2E), load(kLaneNumbers) + all(float(distance + t * kTile)), s);
             if (!whole) s = keep(s, from < 0 ? 0 : from > kTile ? kTile : from, to < 0 ? 0 : to > kTile ? kTile : to, none);
             store(row + t * kTile, s);
         }
@@ -455,7 +459,7 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     float factors[kQueries];
     for (int i = 0; i < count; ++i) {
         float* row = scratch.scores + i * kScoreStride;
-        soften<S>(call, row, seen[i], first, past, tiles, m + i, l + i);
+        soften<S>(call, row, seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], first, past, tiles, m + i, l + i);
         if constexpr (S::kBytes) factors[i] = fractions(row, seen[i], first, past, tiles, scratch.bytes + i * 2 * kSplit);
     }
 

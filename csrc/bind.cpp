@@ -28,7 +28,8 @@ template <class T>
 using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Table = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Norm = std::optional<std::pair<Vector<float>, float>>;  // weight, eps
+// kind; weight and bias of a norm; eps, or factor and cap
+using PyTransform = std::optional<std::tuple<std::string, std::optional<Vector<float>>, std::optional<Vector<float>>, float, float>>;
 
 template <class T>
 std::vector<T> copy(const Vector<T>& array) { return {array.data(), array.data() + array.size()}; }
@@ -69,13 +70,19 @@ KvType kv_type_by_name(const std::string& name) {
     return by_name(name, known, "kv_dtype");
 }
 
+ActivationKind activation_by_name(const std::string& name) {
+    static constexpr std::pair<const char*, ActivationKind> known[] = {{"silu", ActivationKind::silu}, {"gelu", ActivationKind::gelu},
+        {"gelu_tanh", ActivationKind::gelu_tanh}, {"relu", ActivationKind::relu}, {"relu2", ActivationKind::relu2}};
+    return by_name(name, known, "activation");
+}
+
 // ---- weights
 
 struct PyWeight {
     std::shared_ptr<Weight> weight;
 };
 
-// Packs on the pool; the source must live until the pool has come to it.
+// Packs rows of the source (row_order, or all) on the pool; the source must live until the pool has come to it.
 PyWeight pack_weight(Pool& pool, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order) {
     const Format format = format_by_name(format_name);
     if (rows < 1 || cols < 1 || cols % block_cols(format) != 0)
@@ -85,9 +92,10 @@ PyWeight pack_weight(Pool& pool, const std::string& format_name, int64_t rows, i
     std::vector<int32_t> order;
     if (row_order) {
         order = copy(*row_order);
-        if (int64_t(order.size()) != rows) throw std::invalid_argument("row_order has " + std::to_string(order.size()) + " entries for " + std::to_string(rows) + " rows");
+        if (order.empty()) throw std::invalid_argument("row_order has no entries");
         for (int32_t row : order)
             if (row < 0 || row >= rows) throw std::invalid_argument("row_order names row " + std::to_string(row) + " of " + std::to_string(rows));
+        rows = int64_t(order.size());
     }
     auto memory = std::make_shared<Memory>(packed_bytes(format, rows, cols));
     auto weight = std::make_shared<Weight>(Weight{packed_matrix(format, rows, cols, memory->data()), memory});
@@ -132,26 +140,32 @@ class PyProgram {
     int slot(int width, bool logits) { return program_->add_slot(width, logits ? RowSpace::logits : RowSpace::all); }
     int angles(Vector<float> inv_freq, float scale) { return program_->add_angles(copy(inv_freq), scale); }
 
-    void embed(const PyWeight& table, int out) {
+    void embed(const PyWeight& table, bool by_position, int offset, int out) {
         auto instruction = std::make_unique<Embed>();
-        instruction->table = table.weight, instruction->out = out;
+        instruction->table = table.weight, instruction->by_position = by_position, instruction->offset = offset, instruction->out = out;
+        const int64_t rows = table.weight->matrix.rows;
         expect(table.weight->matrix.cols == width(out), "embedding", table.weight->matrix.cols, width(out));
-        program_->vocab = int(table.weight->matrix.rows);
+        expect(offset >= 0 && offset < rows && (by_position || offset == 0), "embedding's offset", offset, 0);
+        if (by_position)
+            program_->limit_positions(int(rows) - offset);
+        else
+            program_->vocab = int(rows);
         program_->add(std::move(instruction));
     }
 
-    void linear(int x, const std::vector<std::tuple<PyWeight, std::optional<Vector<float>>, int, bool>>& parts, const Norm& norm, bool gathered, const std::string& recipe) {
+    void linear(int x, const std::vector<std::tuple<PyWeight, std::optional<Vector<float>>, int, bool>>& parts, const PyTransform& before, bool gathered, const std::string& recipe) {
         auto instruction = std::make_unique<Linear>();
-        instruction->input = input(x, norm, gathered);
+        instruction->input = input(x, before, gathered);
         for (const auto& [weight, bias, out, accumulate] : parts) instruction->parts.push_back(weighted(instruction->input, weight, bias, out, accumulate, recipe));
         need(instruction->input);
         program_->add(std::move(instruction));
     }
 
-    void gated(int x, const PyWeight& gate, std::optional<Vector<float>> gate_bias, const PyWeight& up, std::optional<Vector<float>> up_bias, int out, const Norm& norm,
-               const std::string& recipe) {
+    void gated(int x, const PyWeight& gate, std::optional<Vector<float>> gate_bias, const PyWeight& up, std::optional<Vector<float>> up_bias, const std::string& activation, int out,
+               const PyTransform& before, const std::string& recipe) {
         auto instruction = std::make_unique<Gated>();
-        instruction->input = input(x, norm, false);
+        instruction->input = input(x, before, false);
+        instruction->activation = activation_by_name(activation);
         instruction->gate = weighted(instruction->input, gate, gate_bias, out, false, recipe);
         instruction->up = weighted(instruction->input, up, up_bias, out, false, recipe);
         instruction->out = out;
@@ -160,9 +174,10 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
-    void head(int x, const PyWeight& weight, std::optional<Vector<float>> bias, int logits, const Norm& norm, bool gathered, const std::string& recipe) {
+    void head(int x, const PyWeight& weight, std::optional<Vector<float>> bias, int logits, const PyTransform& before, bool gathered, const std::string& recipe, float factor, float cap) {
         auto instruction = std::make_unique<Head>();
-        instruction->input = input(x, norm, gathered);
+        instruction->input = input(x, before, gathered);
+        instruction->factor = factor, instruction->cap = cap;
         instruction->weight = weighted(instruction->input, weight, bias, logits, false, recipe);
         instruction->logits = logits;
         need(instruction->input);
@@ -171,11 +186,14 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
-    void rms_norm(int x, Vector<float> weight, float eps, int out) {
-        auto instruction = std::make_unique<RmsNorm>();
-        expect(width(x) % int(weight.size()) == 0 && width(x) == width(out), "norm weight", (long long)weight.size(), width(x));
-        instruction->x = x, instruction->out = out, instruction->width = int(weight.size()), instruction->eps = eps;
-        instruction->weight = program_->keep(copy(weight));
+    void apply(int x, const PyTransform& of_row, int residual, int out) {
+        auto instruction = std::make_unique<Apply>();
+        const bool has_weight = of_row && std::get<1>(*of_row);
+        const int part = has_weight ? int(std::get<1>(*of_row)->size()) : width(x);
+        expect(part > 0 && width(x) % part == 0 && width(x) == width(out), "norm weight", part, width(x));
+        if (residual >= 0) expect(width(residual) == width(out), "residual", width(residual), width(out));
+        instruction->x = x, instruction->out = out, instruction->residual = residual, instruction->width = part;
+        instruction->transform = transform(of_row, part);
         program_->add(std::move(instruction));
     }
 
@@ -194,14 +212,20 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
-    void attention(const PyKvPool& kv, int layer, int group, int q, int k, int v, int q_angles, int k_angles, int heads, float scale, int window, float softcap, int out) {
+    void attention(const PyKvPool& kv, int layer, int group, int q, int k, int v, const PyTransform& q_norm, int q_angles, const PyTransform& k_norm, int k_angles, int heads,
+                   float scale, int window, float softcap, std::optional<Vector<float>> slopes, int out) {
         auto instruction = std::make_unique<Attention>();
         const KvLayout& layout = kv.pool->layout;
         expect(heads % layout.kv_heads == 0, "query heads", heads, layout.kv_heads);
         expect(width(q) == heads * layout.head_dim && width(out) == width(q), "query width", width(q), heads * layout.head_dim);
         check_kv(kv, layer, k, v);
         instruction->pool = kv.pool, instruction->layer = layer, instruction->group = group, instruction->heads = heads;
-        instruction->q = q, instruction->k = k, instruction->v = v, instruction->q_angles = q_angles, instruction->k_angles = k_angles;
+        instruction->q = q, instruction->k = k, instruction->v = v;
+        instruction->of_q = {transform(q_norm, layout.head_dim), q_angles}, instruction->of_k = {transform(k_norm, layout.head_dim), k_angles};
+        if (slopes) {
+            expect(int(slopes->size()) == heads, "slopes", (long long)slopes->size(), heads);
+            instruction->slopes = program_->keep(copy(*slopes));
+        }
         instruction->scale = scale, instruction->window = window, instruction->softcap = softcap, instruction->out = out;
         instruction->plan = program_->plan(group, heads, layout.kv_heads, window);
         program_->use_kv(group, *kv.pool);
@@ -209,17 +233,51 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
-    void silu_mul(int gate, int up, int out) {
-        auto instruction = std::make_unique<SiluMul>();
-        expect(width(gate) == width(up) && width(gate) == width(out), "silu_mul operand", width(up), width(gate));
-        instruction->gate = gate, instruction->up = up, instruction->out = out;
+    void bidirectional(int q, int k, int v, int heads, float scale, int out) {
+        auto instruction = std::make_unique<Bidirectional>();
+        expect(heads > 0 && width(q) % heads == 0 && width(out) == width(q), "query width", width(q), heads);
+        const int head_dim = width(q) / heads;
+        expect(head_dim <= kMaxHeadDim, "width of a head", head_dim, kMaxHeadDim);
+        expect(width(k) == width(v) && width(k) % head_dim == 0 && heads % (width(k) / head_dim) == 0, "key or value", width(k), width(q));
+        instruction->keys = program_->own_keys(width(k) / head_dim, head_dim);
+        instruction->q = q, instruction->k = k, instruction->v = v, instruction->heads = heads, instruction->scale = scale, instruction->out = out;
+        instruction->plan = program_->plan(-1, heads, width(k) / head_dim, 0, true);
+        program_->need_attention(instruction->keys->layout.dim);
         program_->add(std::move(instruction));
     }
 
-    void add(int x, int y, int out) {
+    void experts(int x, int scores, const std::vector<PyWeight>& gate, const std::vector<PyWeight>& up, const std::vector<PyWeight>& down, int chosen, bool normalise,
+                 const std::string& activation, int hidden, int results, int out, const std::string& recipe) {
+        auto instruction = std::make_unique<Experts>();
+        const int count = int(gate.size());
+        expect(count > 0 && width(scores) == count, "router's scores", width(scores), count);
+        expect(chosen >= 1 && chosen <= count, "chosen experts", chosen, count);
+        const int inner = int(gate[0].weight->matrix.rows);
+        instruction->gate = matrices(gate, count, inner, width(x), recipe);
+        instruction->up = matrices(up, count, inner, width(x), recipe);
+        instruction->down = matrices(down, count, width(out), inner, recipe);
+        expect(width(hidden) == chosen * inner, "experts' hidden values", width(hidden), chosen * inner);
+        expect(width(results) == chosen * width(out), "experts' results", width(results), chosen * width(out));
+        instruction->x = x, instruction->scores = scores, instruction->hidden = hidden, instruction->results = results, instruction->out = out;
+        instruction->chosen = chosen, instruction->normalise = normalise, instruction->activation = activation_by_name(activation);
+        instruction->load_at = program_->need_routing(chosen, count);
+        program_->need_activations(chosen, {instruction->gate.recipe, instruction->up.recipe}, width(x));
+        program_->need_activations(chosen, {instruction->down.recipe}, inner);
+        program_->need_tile(Experts::tile_floats());
+        program_->add(std::move(instruction));
+    }
+
+    void glu(int gate, int up, const std::string& activation, int out) {
+        auto instruction = std::make_unique<Glu>();
+        expect(width(gate) == width(up) && width(gate) == width(out), "glu operand", width(up), width(gate));
+        instruction->gate = gate, instruction->up = up, instruction->activation = activation_by_name(activation), instruction->out = out;
+        program_->add(std::move(instruction));
+    }
+
+    void add(int x, int y, float factor, int out) {
         auto instruction = std::make_unique<Add>();
         expect(width(x) == width(y) && width(x) == width(out), "add operand", width(y), width(x));
-        instruction->x = x, instruction->y = y, instruction->out = out;
+        instruction->x = x, instruction->y = y, instruction->factor = factor, instruction->out = out;
         program_->add(std::move(instruction));
     }
 
@@ -265,13 +323,43 @@ class PyProgram {
             if (slot >= 0) expect(width(slot) == kv.pool->layout.kv_heads * kv.pool->layout.head_dim, "key or value", width(slot), kv.pool->layout.kv_heads * kv.pool->layout.head_dim);
     }
 
-    ProductInput input(int x, const Norm& norm, bool gathered) {
-        ProductInput out;
-        out.x = x, out.cols = width(x), out.gathered = gathered;
-        if (norm) {
-            expect(int(norm->first.size()) == out.cols, "norm weight", (long long)norm->first.size(), out.cols);
-            out.norm = program_->keep(copy(norm->first)), out.eps = norm->second;
+    // A function of `n` values.
+    Transform transform(const PyTransform& of_row, int n) {
+        Transform out;
+        if (!of_row) return out;
+        const auto& [kind, weight, bias, first, second] = *of_row;
+        if (kind == "cap") {
+            out.kind = Transform::Kind::cap, out.factor = first, out.cap = second;
+        } else if (kind == "rms_norm" || kind == "layer_norm") {
+            out.kind = kind == "rms_norm" ? Transform::Kind::rms_norm : Transform::Kind::layer_norm, out.eps = first;
+            expect(weight && int(weight->size()) == n, "norm weight", weight ? (long long)weight->size() : 0, n);
+            out.weight = program_->keep(copy(*weight));
+            if (bias) {
+                expect(int(bias->size()) == n, "norm bias", (long long)bias->size(), n);
+                out.bias = program_->keep(copy(*bias));
+            }
+        } else {
+            out.kind = Transform::Kind::activation, out.activation = activation_by_name(kind);
         }
+        return out;
+    }
+
+    Experts::Matrices matrices(const std::vector<PyWeight>& weights, int count, int rows, int cols, const std::string& recipe) const {
+        expect(int(weights.size()) == count, "experts' weights", (long long)weights.size(), count);
+        Experts::Matrices out{{}, recipe_of(weights[0].weight->matrix.format, quantised_recipe(recipe))};
+        for (const PyWeight& weight : weights) {
+            const PackedMatrix& matrix = weight.weight->matrix;
+            expect(matrix.cols == cols, "expert's input", matrix.cols, cols);
+            expect(matrix.rows == rows, "expert's output", matrix.rows, rows);
+            expect(matrix.format == weights[0].weight->matrix.format, "expert's format", int(matrix.format), int(weights[0].weight->matrix.format));
+            out.weights.push_back(weight.weight);
+        }
+        return out;
+    }
+
+    ProductInput input(int x, const PyTransform& before, bool gathered) {
+        ProductInput out;
+        out.x = x, out.cols = width(x), out.gathered = gathered, out.before = transform(before, out.cols);
         return out;
     }
 
@@ -291,12 +379,13 @@ class PyProgram {
         return part;
     }
 
-    void need(const ProductInput& input) { program_->need_activations(program_->limits.rows, input.recipes, input.cols); }
+    void need(const ProductInput& input) { program_->need_activations(1, input.recipes, input.cols); }
 
     // Room for what the step gives back.
     void make_room(Step& step) const {
         step.chosen.assign(size_t(step.logits()), kNoToken);
         step.output_row.assign(size_t(step.logits()), -1);
+        step.expert_load.assign(size_t(program_->expert_counts()), 0);
         size_t values = 0;
         if (logits_ >= 0) {
             int rows = 0;
@@ -368,6 +457,7 @@ NB_MODULE(_native, m) {
                                             std::to_string(kMaxHeadDim) + " (got " + std::to_string(head_dim) + ")");
             new (self) PyKvPool{std::make_shared<KvPool>(kv_type_by_name(dtype), layers, pages, page_size, kv_heads, head_dim)};
         })
+        .def_prop_ro("kv_heads", [](const PyKvPool& kv) { return kv.pool->layout.kv_heads; })
         .def_prop_ro("nbytes", [](const PyKvPool& kv) { return kv.pool->memory.bytes(); })
         .def("copy_page", [](const PyKvPool& kv, Pool& pool, int source, int target) { copy_page(pool, kv, source, target); });
     nb::class_<PyTicket>(m, "Ticket")
@@ -375,6 +465,7 @@ NB_MODULE(_native, m) {
         .def("wait", [](const PyTicket& t) { t.pool->wait(t.step->ticket); }, nb::call_guard<nb::gil_scoped_release>())
         .def("chosen", &chosen)
         .def("output", &output)
+        .def_prop_ro("expert_load", [](const PyTicket& t) { return t.step->expert_load; })
         .def_prop_ro("seconds", [](const PyTicket& t) { return t.step->seconds; })
         .def_prop_ro("started", [](const PyTicket& t) { return t.step->started; })
         .def_prop_ro("ended", [](const PyTicket& t) { return t.step->ended; });
@@ -383,14 +474,17 @@ NB_MODULE(_native, m) {
         .def("slot", &PyProgram::slot)
         .def("angles", &PyProgram::angles)
         .def("embed", &PyProgram::embed)
-        .def("linear", &PyProgram::linear, "x"_a, "parts"_a, "norm"_a.none(), "gathered"_a, "recipe"_a)
-        .def("gated", &PyProgram::gated, "x"_a, "gate"_a, "gate_bias"_a.none(), "up"_a, "up_bias"_a.none(), "out"_a, "norm"_a.none(), "recipe"_a)
-        .def("head", &PyProgram::head, "x"_a, "weight"_a, "bias"_a.none(), "logits"_a, "norm"_a.none(), "gathered"_a, "recipe"_a)
-        .def("rms_norm", &PyProgram::rms_norm)
+        .def("linear", &PyProgram::linear, "x"_a, "parts"_a, "before"_a.none(), "gathered"_a, "recipe"_a)
+        .def("gated", &PyProgram::gated, "x"_a, "gate"_a, "gate_bias"_a.none(), "up"_a, "up_bias"_a.none(), "activation"_a, "out"_a, "before"_a.none(), "recipe"_a)
+        .def("head", &PyProgram::head, "x"_a, "weight"_a, "bias"_a.none(), "logits"_a, "before"_a.none(), "gathered"_a, "recipe"_a, "factor"_a, "cap"_a)
+        .def("apply", &PyProgram::apply)
         .def("rope", &PyProgram::rope)
         .def("kv_write", &PyProgram::kv_write)
-        .def("attention", &PyProgram::attention)
-        .def("silu_mul", &PyProgram::silu_mul)
+        .def("attention", &PyProgram::attention, "kv"_a, "layer"_a, "group"_a, "q"_a, "k"_a, "v"_a, "q_norm"_a.none(), "q_angles"_a, "k_norm"_a.none(), "k_angles"_a, "heads"_a,
+             "scale"_a, "window"_a, "softcap"_a, "slopes"_a.none(), "out"_a)
+        .def("bidirectional", &PyProgram::bidirectional)
+        .def("experts", &PyProgram::experts)
+        .def("glu", &PyProgram::glu)
         .def("add", &PyProgram::add)
         .def("take_rows", &PyProgram::take_rows)
         .def("finish", &PyProgram::finish)

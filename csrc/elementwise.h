@@ -15,16 +15,26 @@ struct Best {
 };
 constexpr Best kNoBest{-__builtin_inff(), -1, 0.0f};
 
+enum class ActivationKind : uint8_t { silu, gelu, gelu_tanh, relu, relu2 };
+
+// Sums over a row are made in 64 lanes, ascending, then by halving.
 struct RowKernels {
-    // y = x / sqrt(mean(x^2) + eps) * weight; x^2 is summed in 64 lanes, ascending, then halving. y may be x.
+    // y = x / sqrt(mean(x^2) + eps) * weight. y may be x.
     void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
+    // y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias; bias may be null. y may be x.
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int n, float* y);
     // cos and sin of position * inv_freq (a float32 product), times scale: [half] and [half].
     void (*rope_angles)(int32_t position, const float* inv_freq, float scale, int half, float* cos_sin);
     // Rotates pairs (i, i + half) of one head; the rest of head_dim is copied. y may be x.
     void (*rope)(const float* x, const float* cos_sin, int half, int head_dim, float* y);
-    // gate / (1 + e^-gate) * up. y may be either.
-    void (*silu_mul)(const float* gate, const float* up, int n, float* y);
-    void (*add)(const float* x, const float* y, int n, float* out);
+    // y may be x.
+    void (*activate)(ActivationKind kind, const float* x, int n, float* y);
+    // The activation of gate, times up. y may be either.
+    void (*glu)(ActivationKind kind, const float* gate, const float* up, int n, float* y);
+    // y = cap * tanh(factor * x / cap), or factor * x where cap is 0. y may be x.
+    void (*cap)(const float* x, float factor, float cap, int n, float* y);
+    // out = x + factor * y, rounded twice. out may be either.
+    void (*add)(const float* x, const float* y, float factor, int n, float* out);
     // Takes in n more values of a row, whose ids start at `first`.
     void (*best)(const float* x, int n, int32_t first, Best& best);
 };

@@ -1,5 +1,6 @@
 #include "instructions.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace headrace {
@@ -34,9 +35,20 @@ void each_row(int rows, Worker& worker, F f) {
 void Embed::run(Program& program, Step& step, Worker& worker) const {
     const Slot& to = program.slot(out);
     each_row(step.rows(), worker, [&](int row) {
+        if (by_position) return unpack_row(table->matrix, step.positions[size_t(row)] + offset, to.row(row));
         const int32_t token = step.tokens[size_t(row)];
         unpack_row(table->matrix, token >= 0 ? token : program.last_tokens[size_t(-1 - token)], to.row(row));
     });
+}
+
+void Transform::apply(const RowKernels& kernels, const float* x, int n, float* y) const {
+    switch (kind) {
+        case Kind::nothing: std::memmove(y, x, size_t(n) * 4); return;
+        case Kind::rms_norm: kernels.rms_norm(x, weight, eps, n, y); return;
+        case Kind::layer_norm: kernels.layer_norm(x, weight, bias, eps, n, y); return;
+        case Kind::activation: kernels.activate(activation, x, n, y); return;
+        case Kind::cap: kernels.cap(x, factor, cap, n, y); return;
+    }
 }
 
 // ---- products
@@ -53,10 +65,10 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
     const Slot& from = program.slot(x);
     auto prepare_row = [&](int row) {
         const float* values = from.row(gathered ? step.logit_rows[size_t(row)] : row);
-        if (norm != nullptr) {
-            float* normed = program.scratch(worker).row;
-            program.rows_of.rms_norm(values, norm, eps, cols, normed);
-            values = normed;
+        if (before.kind != Transform::Kind::nothing) {
+            float* transformed = program.scratch(worker).row;
+            before.apply(program.rows_of, values, cols, transformed);
+            values = transformed;
         }
         for (const Activation& activation : out) program.matrix.quantise_row(activation, row, values);
     };
@@ -108,7 +120,7 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
         multiply(gate, gates);
         multiply(up, ups);
         for (int r = row; r < past_row; ++r)
-            program.rows_of.silu_mul(gates + (r - row) * ld, ups + (r - row) * ld, columns, to.row(r) + column);
+            program.rows_of.glu(activation, gates + (r - row) * ld, ups + (r - row) * ld, columns, to.row(r) + column);
     }
 }
 
@@ -129,7 +141,11 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
         const int column = first * int(tile_rows), columns = std::min(all.width, past * int(tile_rows)) - column;
         float* y = keep ? all.data : scratch.tile - row * ld - column;
         program.matrix.multiply({&weight.weight->matrix, &activations[0], y, ld, weight.bias, false}, row, past_row, first, past);
-        for (int r = row; r < past_row; ++r) program.rows_of.best(y + r * ld + column, columns, column, scratch.best[size_t(r)]);
+        for (int r = row; r < past_row; ++r) {
+            float* values = y + r * ld + column;
+            if (factor != 1 || cap > 0) program.rows_of.cap(values, factor, cap, columns, values);
+            program.rows_of.best(values, columns, column, scratch.best[size_t(r)]);
+        }
     }
     worker.barrier();
     for (int row; (row = worker.claim()) < rows;) choose(program, step, worker, row);
@@ -160,10 +176,12 @@ void Head::choose(Program& program, Step& step, Worker& worker, int row) const {
 
 // ---- rows
 
-void RmsNorm::run(Program& program, Step& step, Worker& worker) const {
+void Apply::run(Program& program, Step& step, Worker& worker) const {
     const Slot &from = program.slot(x), &to = program.slot(out);
     each_row(program.rows(step, x), worker, [&](int row) {
-        for (int i = 0; i < from.width; i += width) program.rows_of.rms_norm(from.row(row) + i, weight, eps, width, to.row(row) + i);
+        float* result = residual < 0 ? to.row(row) : program.scratch(worker).row;
+        for (int i = 0; i < from.width; i += width) transform.apply(program.rows_of, from.row(row) + i, width, result + i);
+        if (residual >= 0) program.rows_of.add(program.slot(residual).row(row), result, 1, to.width, to.row(row));
     });
 }
 
@@ -187,14 +205,14 @@ void KvWrite::run(Program& program, Step& step, Worker& worker) const {
     });
 }
 
-void SiluMul::run(Program& program, Step& step, Worker& worker) const {
+void Glu::run(Program& program, Step& step, Worker& worker) const {
     const Slot &a = program.slot(gate), &b = program.slot(up), &to = program.slot(out);
-    each_row(program.rows(step, gate), worker, [&](int row) { program.rows_of.silu_mul(a.row(row), b.row(row), to.width, to.row(row)); });
+    each_row(program.rows(step, gate), worker, [&](int row) { program.rows_of.glu(activation, a.row(row), b.row(row), to.width, to.row(row)); });
 }
 
 void Add::run(Program& program, Step& step, Worker& worker) const {
     const Slot &a = program.slot(x), &b = program.slot(y), &to = program.slot(out);
-    each_row(program.rows(step, x), worker, [&](int row) { program.rows_of.add(a.row(row), b.row(row), to.width, to.row(row)); });
+    each_row(program.rows(step, x), worker, [&](int row) { program.rows_of.add(a.row(row), b.row(row), factor, to.width, to.row(row)); });
 }
 
 void TakeRows::run(Program& program, Step& step, Worker& worker) const {
@@ -204,17 +222,64 @@ void TakeRows::run(Program& program, Step& step, Worker& worker) const {
 
 // ---- attention
 
+void HeadTransform::apply(const Program& program, int row, int head_dim, const float* x, float* y) const {
+    if (norm.kind != Transform::Kind::nothing) {
+        norm.apply(program.rows_of, x, head_dim, y);
+        x = y;
+    }
+    if (angles < 0) return;
+    const AngleTable& table = program.angles(angles);
+    program.rows_of.rope(x, table.row(row), table.half(), head_dim, y);
+}
+
+namespace {
+
+// Query vectors of one unit, and where their results go.
+struct Queries {
+    const float* vectors[kQueries];
+    float* results[kQueries];
+    int32_t positions[kQueries];
+    float slopes[kQueries];
+};
+
+// Runs a unit's blocks; the last thread to end a block of queries that were split over blocks merges them.
+void run_unit(Program& program, Worker& worker, const AttentionPlan& plan, const AttentionPlan::Unit& unit, const AttentionCall& call, const Queries& queries,
+              const Ahead& ahead) {
+    const KvLayout& layout = *call.layout;
+    const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
+    Scratch& scratch = program.scratch(worker);
+    const Ahead nothing{nullptr, 0, 0, 0};
+    kernels.prepare(call, queries.vectors, unit.count, scratch.attention);
+    if (unit.join < 0) {
+        for (int block = unit.first_block; block < unit.past_block; ++block) {
+            float* part = block == unit.first_block ? scratch.state : scratch.partial;
+            kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : nothing, scratch.attention, part);
+            if (part == scratch.partial) kernels.merge(scratch.state, part, unit.count, layout.dim, false);
+        }
+        kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
+        return;
+    }
+    const AttentionPlan::Join& join = plan.joins[size_t(unit.join)];
+    kernels.partial(call, queries.positions, unit.count, unit.kv_head, unit.first_block, ahead, scratch.attention,
+                    program.partial(join.first_partial + unit.first_block - join.first_block));
+    if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return;
+    program.joined(unit.join).store(0, std::memory_order_relaxed);
+    for (int i = 0; i < join.blocks; ++i) kernels.merge(scratch.state, program.partial(join.first_partial + i), unit.count, layout.dim, i == 0);
+    kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
+}
+
+}  // namespace
+
 void Attention::run(Program& program, Step& step, Worker& worker) const {
     const AttentionPlan& units = program.attention_plan(plan);
-    if (!units.single && (k >= 0 || q_angles >= 0)) {
+    if (!units.single && (k >= 0 || !of_q.nothing())) {
         const Slot& queries = program.slot(q);
         each_row(step.rows(), worker, [&](int row) {
             if (k >= 0)
                 for (int head = 0; head < pool->layout.kv_heads; ++head) write(program, step, worker, row, head);
-            if (q_angles < 0) return;
-            const AngleTable& table = program.angles(q_angles);
+            if (of_q.nothing()) return;
             const int head_dim = pool->layout.head_dim;
-            for (int i = 0; i < queries.width; i += head_dim) program.rows_of.rope(queries.row(row) + i, table.row(row), table.half(), head_dim, queries.row(row) + i);
+            for (int i = 0; i < queries.width; i += head_dim) of_q.apply(program, row, head_dim, queries.row(row) + i, queries.row(row) + i);
         });
         worker.barrier();
     }
@@ -226,11 +291,10 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
 void Attention::write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const {
     const KvLayout& layout = pool->layout;
     const float *key = program.slot(k).row(row) + kv_head * layout.head_dim, *value = program.slot(v).row(row) + kv_head * layout.head_dim;
-    float* rotated = program.scratch(worker).partial;  // nobody's before the units run
-    if (k_angles >= 0) {
-        const AngleTable& table = program.angles(k_angles);
-        program.rows_of.rope(key, table.row(row), table.half(), layout.head_dim, rotated);
-        key = rotated;
+    float* changed = program.scratch(worker).partial;  // nobody's before the units run
+    if (!of_k.nothing()) {
+        of_k.apply(program, row, layout.head_dim, key, changed);
+        key = changed;
     }
     const int64_t slot = step.groups[size_t(group)].slots[size_t(row)];
     attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
@@ -239,31 +303,28 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
 void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, int index, bool another) const {
     const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
-    const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
-    const Slot &queries = program.slot(q), &to = program.slot(out);
-    Scratch& scratch = program.scratch(worker);
+    const Slot &vectors = program.slot(q), &to = program.slot(out);
     const int a_row = heads / layout.kv_heads, first_row = step.chunk_rows[size_t(unit.chunk)];
 
-    const float* vectors[kQueries];
-    float* results[kQueries];
-    int32_t positions[kQueries];
+    Queries queries;
     for (int i = 0; i < unit.count; ++i) {
-        const int query = unit.first_query + i, row = first_row + query / a_row, at = (unit.kv_head * a_row + query % a_row) * layout.head_dim;
-        vectors[i] = queries.row(row) + at;
-        results[i] = to.row(row) + at;
-        positions[i] = step.positions[size_t(row)];
-        if (plan.single && q_angles >= 0) {
-            const AngleTable& table = program.angles(q_angles);
-            float* rotated = scratch.queries + i * layout.dim;
-            program.rows_of.rope(vectors[i], table.row(row), table.half(), layout.head_dim, rotated);
-            vectors[i] = rotated;
+        const int query = unit.first_query + i, row = first_row + query / a_row, head = unit.kv_head * a_row + query % a_row, at = head * layout.head_dim;
+        queries.vectors[i] = vectors.row(row) + at;
+        queries.results[i] = to.row(row) + at;
+        queries.positions[i] = step.positions[size_t(row)];
+        queries.slopes[i] = slopes ? slopes[head] : 0.0f;
+        if (plan.single && !of_q.nothing()) {
+            float* changed = program.scratch(worker).queries + i * layout.dim;
+            of_q.apply(program, row, layout.head_dim, queries.vectors[i], changed);
+            queries.vectors[i] = changed;
         }
     }
     // With one row a chunk, the unit that has its newest key is the only one to read it.
-    if (plan.single && k >= 0 && unit.past_block == positions[unit.count - 1] / kSplit + 1) write(program, step, worker, first_row, unit.kv_head);
+    if (plan.single && k >= 0 && unit.past_block == queries.positions[unit.count - 1] / kSplit + 1) write(program, step, worker, first_row, unit.kv_head);
 
     const Step::Group& places = step.groups[size_t(group)];
-    const AttentionCall call{&layout, pool->layer(layer), places.pages.data() + size_t(unit.chunk) * size_t(places.width), scale, window, softcap};
+    const AttentionCall call{&layout, pool->layer(layer), places.pages.data() + size_t(unit.chunk) * size_t(places.width), scale, window, softcap,
+                             slopes ? queries.slopes : nullptr};
     Ahead ahead{nullptr, 0, 0, 0};
     if (another && plan.single) {  // units of few queries: their time is memory's
         const AttentionPlan::Unit& next = plan.units[size_t(index) + 1];
@@ -271,24 +332,165 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
         const int from = window > 0 ? std::max(first, last - window + 1) : first;
         ahead = {places.pages.data() + size_t(next.chunk) * size_t(places.width), next.kv_head, from, std::min(last + 1, first + kSplit)};
     }
-    const Ahead nothing{nullptr, 0, 0, 0};
-    kernels.prepare(call, vectors, unit.count, scratch.attention);
-    if (unit.join < 0) {
-        for (int block = unit.first_block; block < unit.past_block; ++block) {
-            float* part = block == unit.first_block ? scratch.state : scratch.partial;
-            kernels.partial(call, positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : nothing, scratch.attention, part);
-            if (part == scratch.partial) kernels.merge(scratch.state, part, unit.count, layout.dim, false);
+    run_unit(program, worker, plan, unit, call, queries, ahead);
+}
+
+void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
+    const KvLayout& layout = keys->layout;
+    const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
+    const AttentionPlan& units = program.attention_plan(plan);
+    const Slot &vectors = program.slot(q), &key_rows = program.slot(k), &value_rows = program.slot(v), &to = program.slot(out);
+    // Chunk c's keys begin at page first / 16 + c: every chunk before it has left less than a page unused.
+    auto first_page = [&](int chunk) { return step.chunk_rows[size_t(chunk)] / kTile + chunk; };
+    each_row(step.rows(), worker, [&](int row) {
+        const int chunk = int(std::upper_bound(step.chunk_rows.begin(), step.chunk_rows.end(), row) - step.chunk_rows.begin()) - 1;
+        const int at = row - step.chunk_rows[size_t(chunk)];
+        const int64_t slot = int64_t(first_page(chunk)) * kTile + at;
+        for (int head = 0; head < layout.kv_heads; ++head)
+            kernels.store(layout, kv_tile(layout, keys->layer(0), slot, head), at % kTile, key_rows.row(row) + head * layout.head_dim,
+                          value_rows.row(row) + head * layout.head_dim);
+    });
+    worker.barrier();
+    const int a_row = heads / layout.kv_heads;
+    for (int i; (i = worker.claim()) < int(units.units.size());) {
+        const AttentionPlan::Unit& unit = units.units[size_t(i)];
+        const int first_row = step.chunk_rows[size_t(unit.chunk)], rows = step.chunk_rows[size_t(unit.chunk) + 1] - first_row;
+        Queries queries;
+        for (int j = 0; j < unit.count; ++j) {
+            const int query = unit.first_query + j, row = first_row + query / a_row, head_at = (unit.kv_head * a_row + query % a_row) * layout.head_dim;
+            queries.vectors[j] = vectors.row(row) + head_at;
+            queries.results[j] = to.row(row) + head_at;
+            queries.positions[j] = rows - 1;  // sees as far as the last row
         }
-        kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, results);
-        return;
+        const AttentionCall call{&layout, keys->page(first_page(unit.chunk)), program.own_pages(), scale, 0, 0};
+        run_unit(program, worker, units, unit, call, queries, {nullptr, 0, 0, 0});
     }
-    const AttentionPlan::Join& join = plan.joins[size_t(unit.join)];
-    kernels.partial(call, positions, unit.count, unit.kv_head, unit.first_block, ahead, scratch.attention,
-                    program.partial(join.first_partial + unit.first_block - join.first_block));
-    if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return;
-    program.joined(unit.join).store(0, std::memory_order_relaxed);
-    for (int i = 0; i < join.blocks; ++i) kernels.merge(scratch.state, program.partial(join.first_partial + i), unit.count, layout.dim, i == 0);
-    kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, results);
+}
+
+// ---- experts
+
+void Experts::choose(const float* scores, int32_t* experts, float* weights) const {
+    float greatest = scores[0], sum = 0;
+    for (int e = 1; e < count(); ++e) greatest = std::max(greatest, scores[e]);
+    for (int e = 0; e < count(); ++e) sum += std::exp(scores[e] - greatest);
+    // Insertion into the best so far; on equal scores the one that came first stays ahead.
+    int found = 0;
+    for (int e = 0; e < count(); ++e) {
+        int at = std::min(found, chosen - 1);
+        if (found == chosen && !(scores[e] > scores[experts[at]])) continue;
+        for (; at > 0 && scores[e] > scores[experts[at - 1]]; --at) experts[at] = experts[at - 1];
+        experts[at] = e;
+        found = std::min(found + 1, chosen);
+    }
+    std::sort(experts, experts + chosen);
+    float total = 0;
+    for (int i = 0; i < chosen; ++i) total += weights[i] = std::exp(scores[experts[i]] - greatest) / sum;
+    if (normalise)
+        for (int i = 0; i < chosen; ++i) weights[i] /= total;
+}
+
+void Experts::sort(int rows, Routing& routing) const {
+    std::fill(routing.first.begin(), routing.first.begin() + count() + 1, 0);
+    for (int i = 0; i < rows * chosen; ++i) ++routing.first[size_t(routing.experts[size_t(i)]) + 1];
+    for (int e = 0; e < count(); ++e) routing.first[size_t(e) + 1] += routing.first[size_t(e)];
+    for (int i = 0; i < rows * chosen; ++i) routing.entries[size_t(i)] = routing.first[size_t(routing.experts[size_t(i)])]++;
+    for (int e = count(); e > 0; --e) routing.first[size_t(e)] = routing.first[size_t(e) - 1];
+    routing.first[0] = 0;
+}
+
+namespace {
+
+// Calls f(expert, first row, past row, first tile, past tile) for pieces of every expert's product, rows counted in entries.
+template <class F>
+void each_piece(const Routing& routing, int experts, int tiles, int tiles_a_piece, int rows_a_piece, Worker& worker, F f) {
+    const int pieces = ceil_div(tiles, tiles_a_piece);
+    auto of_expert = [&](int e) { return ceil_div(routing.first[size_t(e) + 1] - routing.first[size_t(e)], rows_a_piece) * pieces; };
+    int expert = 0, before = 0;  // pieces of the experts before it
+    for (int i;;) {
+        i = worker.claim();
+        while (expert < experts && i >= before + of_expert(expert)) before += of_expert(expert++);
+        if (expert == experts) return;
+        const int row = routing.first[size_t(expert)] + (i - before) / pieces * rows_a_piece, tile = (i - before) % pieces * tiles_a_piece;
+        f(expert, row, std::min(routing.first[size_t(expert) + 1], row + rows_a_piece), tile, std::min(tiles, tile + tiles_a_piece));
+    }
+}
+
+}  // namespace
+
+void Experts::multiply_gated(Program& program, Worker& worker, const Routing& routing, const Activation& of_gate, const Activation& of_up) const {
+    const int width = int(gate.weights[0]->matrix.rows), tiles = int(gate.weights[0]->matrix.tiles());
+    const int piece = tiles_a_piece(tiles * chosen, worker.count(), kGatedTiles);
+    const int64_t ld = piece * tile_rows;
+    float *gates = program.scratch(worker).tile, *ups = gates + kTileRows * ld, *to = program.slot(hidden).data;
+    each_piece(routing, count(), tiles, piece, kTileRows, worker, [&](int expert, int row, int past_row, int first, int past) {
+        const int column = first * int(tile_rows), columns = std::min(width, past * int(tile_rows)) - column;
+        auto multiply = [&](const Matrices& matrices, const Activation& x, float* y) {
+            const Product product{&matrices.weights[size_t(expert)]->matrix, &x, y - row * ld - column, ld};
+            program.matrix.multiply(product, row, past_row, first, past);
+        };
+        multiply(gate, of_gate, gates);
+        multiply(up, of_up, ups);
+        for (int r = row; r < past_row; ++r)
+            program.rows_of.glu(activation, gates + (r - row) * ld, ups + (r - row) * ld, columns, to + size_t(r) * size_t(width) + column);
+    });
+}
+
+void Experts::multiply_down(Program& program, Worker& worker, const Routing& routing, const Activation& of_down) const {
+    const int width = int(down.weights[0]->matrix.rows), tiles = int(down.weights[0]->matrix.tiles());
+    each_piece(routing, count(), tiles, tiles_a_piece(tiles * chosen, worker.count(), 64), kRowBlock, worker, [&](int expert, int row, int past_row, int first, int past) {
+        const Product product{&down.weights[size_t(expert)]->matrix, &of_down, program.slot(results).data, width};
+        program.matrix.multiply(product, row, past_row, first, past);
+    });
+}
+
+void Experts::run(Program& program, Step& step, Worker& worker) const {
+    const int rows = program.rows(step, x), entries = rows * chosen;
+    const bool own = rows <= kPrivateRows;
+    const Slot &from = program.slot(x), &of_router = program.slot(scores), &to = program.slot(out);
+    auto each = [&](int number, auto f) {
+        if (!own) return each_row(number, worker, f);
+        for (int i = 0; i < number; ++i) f(i);
+    };
+    auto meet = [&] {
+        if (!own) worker.barrier();
+    };
+
+    Routing &routing = program.scratch(worker).routing, &shared = own ? routing : program.routing();
+    each(rows, [&](int row) { choose(of_router.row(row), shared.experts.data() + row * chosen, shared.weights.data() + row * chosen); });
+    meet();
+    if (!own) std::copy_n(shared.experts.begin(), entries, routing.experts.begin());
+    sort(rows, routing);
+    if (worker.index == 0)
+        for (int e = 0; e < count(); ++e) step.expert_load[size_t(load_at + e)] = routing.first[size_t(e) + 1] - routing.first[size_t(e)];
+
+    uint8_t* const memory = own ? program.scratch(worker).activations : program.activations();
+    const int cols = from.width, width = int(gate.weights[0]->matrix.rows);
+    const Activation of_gate = headrace::activation(gate.recipe, entries, cols, memory);
+    const bool alike = gate.recipe == up.recipe;
+    const Activation of_up = alike ? of_gate : headrace::activation(up.recipe, entries, cols, memory + aligned(activation_bytes(gate.recipe, entries, cols)));
+    each(rows, [&](int row) {
+        for (const Activation* prepared : {&of_gate, &of_up}) {
+            if (prepared == &of_up && alike) break;
+            const int first = routing.entries[size_t(row) * size_t(chosen)];
+            program.matrix.quantise_row(*prepared, first, from.row(row));
+            for (int i = 1; i < chosen; ++i)
+                std::memcpy(prepared->row(routing.entries[size_t(row) * size_t(chosen) + size_t(i)]), prepared->row(first), size_t(prepared->row_bytes));
+        }
+    });
+    meet();
+    multiply_gated(program, worker, routing, of_gate, of_up);
+    worker.barrier();
+    const Activation of_down = headrace::activation(down.recipe, entries, width, memory);
+    const float* hiddens = program.slot(hidden).data;
+    each(entries, [&](int entry) { program.matrix.quantise_row(of_down, entry, hiddens + size_t(entry) * size_t(width)); });
+    meet();
+    multiply_down(program, worker, routing, of_down);
+    worker.barrier();
+    each_row(rows, worker, [&](int row) {
+        std::memset(to.row(row), 0, size_t(to.width) * 4);
+        for (int i = row * chosen; i < (row + 1) * chosen; ++i)
+            program.rows_of.add(to.row(row), program.slot(results).data + size_t(routing.entries[size_t(i)]) * size_t(to.width), shared.weights[size_t(i)], to.width, to.row(row));
+    });
 }
 
 }  // namespace headrace

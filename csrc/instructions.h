@@ -5,22 +5,36 @@
 
 namespace headrace {
 
-// out = rows of the table, by the step's tokens.
+// out = rows of the table, by the step's tokens or by position + offset.
 struct Embed : Instruction {
     std::shared_ptr<const Weight> table;
+    bool by_position = false;
+    int offset = 0;
     SlotId out;
 
     void run(Program& program, Step& step, Worker& worker) const override;
     bool starts_alone() const override { return true; }
 };
 
-// What products read: rows of a slot (or the logit rows of it), maybe normed, prepared for each recipe that the weights need.
+// A function of a row.
+struct Transform {
+    enum class Kind : uint8_t { nothing, rms_norm, layer_norm, activation, cap };
+    Kind kind = Kind::nothing;
+    const float *weight = nullptr, *bias = nullptr;  // of norms, [n]; bias may be null
+    float eps = 0;
+    ActivationKind activation = ActivationKind::silu;
+    float factor = 1, cap = 0;  // RowKernels::cap
+
+    // y = f(x) for n values; y may be x.
+    void apply(const RowKernels& kernels, const float* x, int n, float* y) const;
+};
+
+// What products read: rows of a slot (or the logit rows of it), maybe transformed, prepared for each recipe that the weights need.
 struct ProductInput {
     SlotId x;
     int cols;
-    bool gathered = false;        // rows are step.logit_rows of x
-    const float* norm = nullptr;  // [cols]
-    float eps = 0;
+    bool gathered = false;  // rows are step.logit_rows of x
+    Transform before;
     std::vector<Recipe> recipes;
 
     int rows(const Program& program, const Step& step) const { return gathered ? step.logits() : program.rows(step, x); }
@@ -44,10 +58,11 @@ struct Linear : Instruction {
     void run(Program& program, Step& step, Worker& worker) const override;
 };
 
-// out = silu(x G^T) * (x U^T)
+// out = activation(x G^T) * (x U^T)
 struct Gated : Instruction {
     ProductInput input;
     Weighted gate, up;
+    ActivationKind activation;
     SlotId out;
 
     static size_t tile_floats();  // of Scratch::tile
@@ -58,6 +73,7 @@ struct Gated : Instruction {
 struct Head : Instruction {
     ProductInput input;
     Weighted weight;
+    float factor = 1, cap = 0;  // RowKernels::cap of the product
     SlotId logits;  // filled only in steps where a row is sampled or asks for its logits
 
     static size_t tile_floats();
@@ -67,11 +83,11 @@ struct Head : Instruction {
     void choose(Program& program, Step& step, Worker& worker, int row) const;
 };
 
-struct RmsNorm : Instruction {
-    SlotId x, out;
-    const float* weight;
-    int width;  // of the weight; a row of x holds one or several such vectors, each normed on its own
-    float eps;
+// out = f(x) (+ residual)
+struct Apply : Instruction {
+    SlotId x, out, residual = -1;
+    Transform transform;
+    int width;  // a row of x holds one or several vectors of this width, each transformed on its own
 
     void run(Program& program, Step& step, Worker& worker) const override;
 };
@@ -91,16 +107,27 @@ struct KvWrite : Instruction {
     void run(Program& program, Step& step, Worker& worker) const override;
 };
 
-// Attention, and before it what feeds it: rotation of q and k, and the write of k and v.
+// What is done to each head of q or k before attention: a norm, then rotation.
+struct HeadTransform {
+    Transform norm;
+    int angles = -1;  // -1: not rotated
+
+    bool nothing() const { return norm.kind == Transform::Kind::nothing && angles < 0; }
+    // y may be x.
+    void apply(const Program& program, int row, int head_dim, const float* x, float* y) const;
+};
+
+// Attention, and before it what feeds it: norms and rotation of q and k, and the write of k and v.
 struct Attention : Instruction {
     std::shared_ptr<const KvPool> pool;
     int layer, group, plan, heads;
     SlotId q, out;
-    SlotId k = -1, v = -1;             // -1: written already
-    int q_angles = -1, k_angles = -1;  // -1: rotated already, or not at all
+    SlotId k = -1, v = -1;  // -1: written already
+    HeadTransform of_q, of_k;
     float scale;
     int window;
     float softcap;
+    const float* slopes = nullptr;  // [heads]
 
     void run(Program& program, Step& step, Worker& worker) const override;
 
@@ -110,14 +137,51 @@ struct Attention : Instruction {
     void write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const;
 };
 
-struct SiluMul : Instruction {
-    SlotId gate, up, out;
+// Attention of every row to all rows of its chunk, in float32 and without pages.
+struct Bidirectional : Instruction {
+    std::shared_ptr<const KvPool> keys;  // of the step's own rows
+    int plan, heads;
+    SlotId q, k, v, out;
+    float scale;
 
     void run(Program& program, Step& step, Worker& worker) const override;
 };
 
+// out = sum over a row's experts e, ascending, of weight_e * (glu(x G_e^T, x U_e^T) D_e^T). What nobody chose is not read.
+struct Experts : Instruction {
+    struct Matrices {
+        std::vector<std::shared_ptr<const Weight>> weights;  // of each expert, all of one format and shape
+        Recipe recipe;
+    };
+    SlotId x, scores, out;
+    SlotId hidden, results;  // [rows][chosen * width]: used as [rows * chosen][width]
+    Matrices gate, up, down;
+    int chosen, load_at;  // load_at: in Step::expert_load
+    bool normalise;
+    ActivationKind activation;
+
+    int count() const { return int(gate.weights.size()); }
+    static size_t tile_floats() { return Gated::tile_floats(); }
+    void run(Program& program, Step& step, Worker& worker) const override;
+
+  private:
+    void choose(const float* scores, int32_t* experts, float* weights) const;
+    void sort(int rows, Routing& routing) const;
+    void multiply_gated(Program& program, Worker& worker, const Routing& routing, const Activation& of_gate, const Activation& of_up) const;
+    void multiply_down(Program& program, Worker& worker, const Routing& routing, const Activation& of_down) const;
+};
+
+struct Glu : Instruction {
+    SlotId gate, up, out;
+    ActivationKind activation;
+
+    void run(Program& program, Step& step, Worker& worker) const override;
+};
+
+// out = x + factor * y
 struct Add : Instruction {
     SlotId x, y, out;
+    float factor = 1;
 
     void run(Program& program, Step& step, Worker& worker) const override;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 namespace headrace {
@@ -40,7 +41,7 @@ void AttentionPlan::build(const Step& step, int workers, int max_partials) {
         for (int part = parts(c) - 1; part >= 0; --part) {  // later rows see more keys: they go first
             const int first = part * kQueries, count = std::min(kQueries, queries - first);
             const int first_position = step.positions[size_t(first_row + first / queries_a_row)];
-            const int last_position = step.positions[size_t(first_row + (first + count - 1) / queries_a_row)];
+            const int last_position = whole ? step.chunk_rows[size_t(c) + 1] - first_row - 1 : step.positions[size_t(first_row + (first + count - 1) / queries_a_row)];
             const int first_block = window > 0 ? std::max(0, first_position - window + 1) / kSplit : 0, past_block = last_position / kSplit + 1;
             const int blocks = past_block - first_block;
             for (int head = 0; head < kv_heads; ++head) {
@@ -80,22 +81,36 @@ const float* Program::keep(std::vector<float> values) {
     return kept_.back()->data();
 }
 
-int Program::plan(int group, int heads, int kv_heads, int window) {
-    AttentionPlan plan{group, heads, kv_heads, window, {}, {}, false};
+int Program::plan(int group, int heads, int kv_heads, int window, bool whole) {
+    AttentionPlan plan{group, heads, kv_heads, window, whole, {}, {}, false};
     for (size_t i = 0; i < plans_.size(); ++i)
         if (plans_[i].same(plan)) return int(i);
     plans_.push_back(std::move(plan));
     return int(plans_.size()) - 1;
 }
 
-void Program::need_activations(int rows, const std::vector<Recipe>& recipes, int cols) {
+void Program::need_activations(int times, const std::vector<Recipe>& recipes, int cols) {
     size_t shared = 0, own = 0;
     for (Recipe recipe : recipes) {
-        shared += aligned(activation_bytes(recipe, rows, cols));
-        own += aligned(activation_bytes(recipe, kPrivateRows, cols));
+        shared += aligned(activation_bytes(recipe, int64_t(limits.rows) * times, cols));
+        own += aligned(activation_bytes(recipe, int64_t(kPrivateRows) * times, cols));
     }
     activation_bytes_ = std::max(activation_bytes_, shared);
     private_bytes_ = std::max(private_bytes_, own);
+}
+
+std::shared_ptr<KvPool> Program::own_keys(int kv_heads, int head_dim) {
+    for (const std::shared_ptr<KvPool>& pool : own_keys_)
+        if (pool->layout.kv_heads == kv_heads && pool->layout.head_dim == head_dim) return pool;
+    own_keys_.push_back(std::make_shared<KvPool>(KvType::f32, 1, limits.rows / kTile + limits.chunks, kTile, kv_heads, head_dim));
+    return own_keys_.back();
+}
+
+int Program::need_routing(int chosen, int count) {
+    routing_chosen_ = std::max(routing_chosen_, chosen), routing_count_ = std::max(routing_count_, count);
+    const int at = expert_counts_;
+    expert_counts_ += count;
+    return at;
 }
 
 void Program::need_attention(int dim) { attention_dim_ = std::max(attention_dim_, dim); }
@@ -109,6 +124,11 @@ void Program::finish(SlotId hidden, SlotId output) {
     hidden_ = hidden, output_ = output;
     int widest = 0, most_blocks = 1;
     for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
+    if (!own_keys_.empty()) {
+        most_blocks = limits.rows / kSplit + 1;
+        own_pages_.resize(size_t(limits.rows / kTile) + 1);
+        std::iota(own_pages_.begin(), own_pages_.end(), 0);
+    }
     for (size_t g = 0; g < limits.pages.size(); ++g) most_blocks = std::max(most_blocks, limits.pages[g] * page_sizes_[g] / kSplit + 1);
 
     partial_floats_ = aligned(state_floats(kQueries, attention_dim_) * 4) / 4;
@@ -146,7 +166,9 @@ void Program::finish(SlotId hidden, SlotId output) {
         scratch.partial = (float*)take(partial_floats_ * 4);
         scratch.queries = (float*)take(size_t(kQueries) * size_t(attention_dim_) * 4);
         scratch.best.resize(size_t(limits.logits));
+        if (routing_count_ > 0) scratch.routing.reserve(limits.rows, routing_chosen_, routing_count_);
     }
+    if (routing_count_ > 0) routing_.reserve(limits.rows, routing_chosen_, routing_count_);
 }
 
 // ---- running
@@ -165,6 +187,7 @@ void Program::check(const Step& step) const {
         require(token < vocab, "token id", token, vocab);
         require(token >= -limits.slots, "slot of a late token", -1 - (long long)token, limits.slots);
     }
+    for (int32_t position : step.positions) require(position < positions_, "position of a row", position, positions_);
     require(step.chunk_rows.front() == 0, "first row of the first chunk", step.chunk_rows.front(), 0);
     require(step.chunk_rows.back() == rows, "rows of the chunks", step.chunk_rows.back(), rows);
     for (int c = 0; c < chunks; ++c) {

@@ -69,6 +69,7 @@ struct Step {
     std::vector<float> output;        // logits of the rows that ask for them, or all of the output of a program without a head
     std::vector<int32_t> output_row;  // [logits]: which row of `output` is a row's, or -1
     std::vector<int32_t> chosen;      // [logits]
+    std::vector<int32_t> expert_load; // of each layer of experts, rows that chose each of them
     std::vector<double> seconds;      // of each instruction, its barrier included; empty: not measured
     double started = 0, ended = 0;    // seconds, steady clock
     uint32_t ticket = 0;
@@ -91,6 +92,7 @@ struct Slot {
 using SlotId = int;
 
 // Cuts attention's work for one step: a unit is some query vectors of one KV head of one chunk, over all their keys or over one block.
+// `whole`: every row sees all rows of its chunk, which are its keys 0, 1, ...; otherwise it sees those up to its position.
 struct AttentionPlan {
     struct Unit {
         int chunk, kv_head, first_query, count;  // query q of a chunk: row q / group, head q % group of the KV head
@@ -100,13 +102,14 @@ struct AttentionPlan {
     struct Join {  // blocks of the same queries
         int first_partial, first_block, blocks;
     };
-    int group, heads, kv_heads, window;  // group: index of Step::groups
+    int group, heads, kv_heads, window;  // group: index of Step::groups, -1 where the plan is whole
+    bool whole;
     std::vector<Unit> units;
     std::vector<Join> joins;
     bool single;  // one row a chunk, and one unit for its newest key: the unit may store that key itself
 
     bool same(const AttentionPlan& other) const {
-        return group == other.group && heads == other.heads && kv_heads == other.kv_heads && window == other.window;
+        return group == other.group && heads == other.heads && kv_heads == other.kv_heads && window == other.window && whole == other.whole;
     }
     void build(const Step& step, int workers, int max_partials);
 };
@@ -121,6 +124,20 @@ struct AngleTable {
     const float* row(int index) const { return data + size_t(index) * inv_freq.size() * 2; }
 };
 
+// Which experts the rows of a step go to. An entry is a row at one of its experts; entries are sorted by expert, then row.
+struct Routing {
+    std::vector<int32_t> experts;  // [rows][chosen], ascending in a row
+    std::vector<float> weights;    // [rows][chosen]
+    std::vector<int> entries;      // [rows][chosen]: the entry of each
+    std::vector<int> first;        // [experts + 1]: the first entry of each expert
+
+    void reserve(int rows, int chosen, int count) {
+        experts.resize(std::max(experts.size(), size_t(rows) * size_t(chosen)));
+        weights.resize(experts.size()), entries.resize(experts.size());
+        first.resize(std::max(first.size(), size_t(count) + 1));
+    }
+};
+
 // A thread's own memory.
 struct Scratch {
     uint8_t* activations;  // of the few rows that each thread prepares for itself
@@ -130,6 +147,7 @@ struct Scratch {
     float *state, *partial, *queries;
     std::vector<Best> best;  // [logits]
     SampleScratch sampling;
+    Routing routing;
 };
 
 class Program;
@@ -152,8 +170,15 @@ class Program {
     int add_angles(std::vector<float> inv_freq, float scale);
     void add(std::unique_ptr<Instruction> instruction) { instructions_.push_back(std::move(instruction)); }
     const float* keep(std::vector<float> values);  // a copy that lives as long as the program
-    int plan(int group, int heads, int kv_heads, int window);
-    void need_activations(int rows, const std::vector<Recipe>& recipes, int cols);
+    int plan(int group, int heads, int kv_heads, int window, bool whole = false);
+    // Room to prepare so many times the rows of a step (or a thread's own rows) for products.
+    void need_activations(int times, const std::vector<Recipe>& recipes, int cols);
+    // Room for keys and values of the step's own rows: 16 rows a page, each chunk from a page of its own on.
+    std::shared_ptr<KvPool> own_keys(int kv_heads, int head_dim);
+    // Room to choose `chosen` of `count` experts; returns where their counts lie in Step::expert_load.
+    int need_routing(int chosen, int count);
+    // Positions must be less than this.
+    void limit_positions(int count) { positions_ = std::min(positions_, count); }
     void need_attention(int dim);
     void use_kv(int group, const KvPool& pool);
     void need_tile(size_t floats) { tile_floats_ = std::max(tile_floats_, floats); }
@@ -171,6 +196,9 @@ class Program {
     const AttentionPlan& attention_plan(int id) const { return plans_[size_t(id)]; }
     Scratch& scratch(const Worker& worker) { return scratch_[size_t(worker.index)]; }
     const Scratch& scratch_of(int thread) const { return scratch_[size_t(thread)]; }
+    const int32_t* own_pages() const { return own_pages_.data(); }  // 0, 1, 2, ...
+    Routing& routing() { return routing_; }
+    int expert_counts() const { return expert_counts_; }
     float* partial(int index) { return (float*)partials_->data() + size_t(index) * partial_floats_; }
     std::atomic<int>& joined(int join) { return joined_[size_t(join)]; }
     uint8_t* activations() const { return activations_; }
@@ -199,7 +227,11 @@ class Program {
     SlotId hidden_ = -1, output_ = -1;
 
     size_t activation_bytes_ = 0, private_bytes_ = 0, tile_floats_ = 0, attention_bytes_ = 0;
-    int attention_dim_ = 0, max_partials_ = 0;
+    int attention_dim_ = 0, max_partials_ = 0, expert_counts_ = 0, positions_ = INT32_MAX;
+    std::vector<std::shared_ptr<KvPool>> own_keys_;
+    std::vector<int32_t> own_pages_;
+    Routing routing_;
+    int routing_chosen_ = 0, routing_count_ = 0;
     size_t partial_floats_ = 0;
     std::unique_ptr<Memory> arena_, partials_;
     std::unique_ptr<std::atomic<int>[]> joined_;

@@ -60,7 +60,7 @@ def forward(ops, w: dict, batch: Batch, caches: list):
         mixed = ops.attention(q, cache, batch, batch.groups[0], **options)
         x = ops.add(x, ops.linear(mixed, layer["o"]))
         normed = ops.rms_norm(x, layer["mlp_norm"], 1e-5)
-        hidden = ops.silu_mul(ops.linear(normed, layer["gate"]), ops.linear(normed, layer["up"]))
+        hidden = ops.glu(ops.linear(normed, layer["gate"]), ops.linear(normed, layer["up"]), "silu")
         x = ops.add(x, ops.linear(hidden, layer["down"]))
     x = ops.rms_norm(ops.take_rows(x, batch.logit_rows), w["norm"], 1e-5)
     return ops.linear(x, w["table"])
@@ -135,7 +135,7 @@ def test_a_value_read_twice_is_kept(model: Model) -> None:
         wa, wb = ops.pack(tensor(a)), ops.pack(tensor(b))
         normed = ops.rms_norm(x, gain, 1e-5)
         product = ops.linear(normed, wa)
-        gated = ops.silu_mul(product, ops.linear(normed, wb))
+        gated = ops.glu(product, ops.linear(normed, wb), "silu")
         total = ops.add(ops.add(x, product), ops.linear(gated, wb))
         return ops.add(ops.add(total, normed), ops.add(gated, x))
 

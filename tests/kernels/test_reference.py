@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from headrace.errors import ConfigError
 from headrace.formats.tensor import F32, Tensor
 from headrace.kernels import reference
-from headrace.kernels.ops import Batch, KVGroupBatch, RopeTable
+from headrace.kernels.ops import ACTIVATIONS, Activation, Batch, KVGroupBatch, RopeTable
 from headrace.kernels.reference import LANES, ReferenceOps
 from headrace.memory.kv import KV_FORMATS, kv_format
 
@@ -152,15 +153,76 @@ def test_rope(ops: ReferenceOps, head_dim: int, rotated: int) -> None:
         assert same_bytes(alone, got[row : row + 1])
 
 
-def test_silu_mul_and_add(ops: ReferenceOps) -> None:
-    gate, up = random(33, 53) * 20, random(33, 53, seed=1)
+EXACT = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_glu_and_add(ops: ReferenceOps, activation: Activation) -> None:
+    gate, up = random(33, 53) * 5, random(33, 53, seed=1)
     gate[0, :4] = (200, -200, 0, -0.0)
-    got = ops.silu_mul(gate, up)
-    wide = gate.astype(np.float64)
-    assert np.allclose(got, wide / (1 + np.exp(-wide)) * up, rtol=1e-6, atol=1e-30)
+    exact = EXACT[activation](gate.astype(np.float64))
+    assert np.allclose(ops.activate(gate, activation), exact, rtol=1e-6, atol=1e-6)
+    got = ops.glu(gate, up, activation)
+    assert same_bytes(got, ops.activate(gate, activation) * up)
     for row in range(33):
-        assert same_bytes(ops.silu_mul(gate[row : row + 1], up[row : row + 1]), got[row : row + 1])
+        assert same_bytes(ops.glu(gate[row : row + 1], up[row : row + 1], activation), got[row : row + 1])
     assert same_bytes(ops.add(gate, up), gate + up)
+
+
+@pytest.mark.parametrize("width", [5, 120, 9000])
+@pytest.mark.parametrize("biased", [False, True])
+def test_layer_norm(ops: ReferenceOps, width: int, biased: bool) -> None:
+    x, weight = random(21, width) * 3 + 5, random(width, seed=1)
+    bias = random(width, seed=2) if biased else None
+    got = ops.layer_norm(x, weight, bias, 1e-3)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    exact = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * weight + (0 if bias is None else bias)
+    assert np.allclose(got, exact, rtol=2e-6, atol=2e-5)
+    for row in range(21):
+        assert same_bytes(ops.layer_norm(x[row : row + 1], weight, bias, 1e-3), got[row : row + 1])
+
+
+def test_rms_norm_of_parts(ops: ReferenceOps) -> None:
+    x, weight = random(7, 60), random(20, seed=1)
+    parts = [ops.rms_norm(x[:, i : i + 20], weight, 1e-5) for i in (0, 20, 40)]
+    assert np.allclose(ops.rms_norm(x, weight, 1e-5), np.concatenate(parts, axis=1), rtol=1e-6)
+
+
+def test_experts(ops: ReferenceOps) -> None:
+    """Against each row's own experts in float64; what nobody chose is not read."""
+    x, scores = random(13, 20), random(13, 6, seed=1) * 2
+    scores[:, 4] = -50  # nobody's choice
+    scores[2, :2] = 9  # equal: the first of two comes first
+    shapes = ((11, 20), (11, 20), (20, 11))
+    weights = [[random(*shape, seed=10 * e + i) for e in range(6)] for i, shape in enumerate(shapes)]
+    matrices = [[ops.pack(as_tensor(matrix)) for matrix in kind] for kind in weights]
+    for kind in matrices:
+        kind[4] = None
+    nothing = np.zeros(0, np.int32)
+    for normalise in (False, True):
+        batch = Batch(nothing, nothing, nothing, nothing, ())
+        options = {"chosen": 2, "normalise": normalise, "activation": "silu"}
+        got = ops.experts(x, scores, *matrices, batch, **options)
+        shares = np.exp(scores.astype(np.float64))
+        shares /= shares.sum(-1, keepdims=True)
+        for row in range(13):
+            best = sorted(range(6), key=lambda e: (-scores[row, e], e))[:2]
+            own = shares[row, best] / (shares[row, best].sum() if normalise else 1)
+            exact = np.zeros(20)
+            for share, e in zip(own, best):
+                gate, up = (weights[i][e].astype(np.float64) @ x[row] for i in (0, 1))
+                exact += share * (weights[2][e].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up))
+            assert np.allclose(got[row], exact, atol=1e-4)
+            alone = ops.experts(x[row : row + 1], scores[row : row + 1], *matrices, batch, **options)
+            assert same_bytes(alone, got[row : row + 1])
+        assert batch.expert_load[0].sum() == 26 and batch.expert_load[0][4] == 0
 
 
 class AttentionCase:
@@ -176,12 +238,14 @@ class AttentionCase:
         window: int | None = None,
         softcap: float | None = None,
         dtype: str = "float32",
+        slopes: np.ndarray | None = None,
     ) -> None:
         self.ops, self.length, self.heads, self.kv_heads, self.head_dim = ops, length, heads, kv_heads, head_dim
         self.q = random(length, heads * head_dim, seed=1)
         self.k = random(length, kv_heads * head_dim, seed=2)
         self.v = random(length, kv_heads * head_dim, seed=3)
         self.settings: dict[str, Any] = {"heads": heads, "scale": 0.3, "window": window, "softcap": softcap}
+        self.settings["slopes"] = slopes
         self.cache = ops.kv_cache(1, PAGES, PAGE_SIZE, kv_heads, head_dim, dtype)[0]
         for plane in (self.cache.keys, self.cache.values):  # what is never written must never be read
             plane.codes[:] = np.nan if plane.codes.dtype.kind == "f" else 127
@@ -215,6 +279,8 @@ class AttentionCase:
                 scores = k[own, low : row + 1] @ q[head, row] * self.settings["scale"]
                 if self.settings["softcap"] is not None:
                     scores = np.tanh(scores / self.settings["softcap"]) * self.settings["softcap"]
+                if self.settings["slopes"] is not None:
+                    scores = scores + self.settings["slopes"][head] * np.arange(low - row, 1)
                 weights = np.exp(scores - scores.max())
                 out[row, head] = weights @ v[own, low : row + 1] / weights.sum()
         return out.reshape(self.length, -1)
@@ -231,6 +297,14 @@ def test_attention(ops: ReferenceOps, window: int | None, softcap: float | None,
         assert same_bytes(case.run(splits), whole)
     case.pages = np.random.default_rng(5).permutation(np.arange(1, PAGES)).tolist()
     assert same_bytes(case.run((40,)), whole)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 20), (5, 1, 10)])
+def test_slopes(ops: ReferenceOps, shape: tuple[int, int, int]) -> None:
+    case = AttentionCase(ops, 150, *shape, slopes=np.float32(2.0) ** -np.arange(1, shape[0] + 1))
+    whole = case.run()
+    assert np.allclose(whole, case.exact(), atol=2e-6)
+    assert same_bytes(case.run((1, 63, 64, 65)), whole)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,8 +1,13 @@
 """The compiled module (csrc/bind.cpp). Slots, angles and KV groups are given as indices, -1 for none."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+
+# What is done to a row: "rms_norm" or "layer_norm" (weight, bias, eps), an activation, or "cap" (its factor and cap are
+# the two numbers).
+Transform: TypeAlias = tuple[str, np.ndarray | None, np.ndarray | None, float, float]
 
 supported_isas: list[str]  # instruction sets that run here, widest first
 
@@ -45,12 +50,15 @@ class Weight:
     def nbytes(self) -> int: ...
 
 def pack(pool: Pool, format: str, rows: int, cols: int, source: np.ndarray, row_order: np.ndarray | None) -> Weight:
-    """Queue the packing of `source`, uint8 [bytes], which must live until the pool has come to it."""
+    """Queue the packing of `source`, uint8 [bytes] of [rows, cols], which must live until the pool has come to it: of
+    its rows `row_order`, or of all."""
 
 class KvPool:
     """Pages of one KV group: `page_size` tokens (a multiple of 16) of all its layers. dtype as in memory/kv.py."""
 
     def __init__(self, dtype: str, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int) -> None: ...
+    @property
+    def kv_heads(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
     def copy_page(self, pool: Pool, source: int, target: int) -> None:
@@ -63,6 +71,8 @@ class Ticket:
     def wait(self) -> None: ...
     def chosen(self) -> np.ndarray: ...
     def output(self) -> np.ndarray: ...
+    @property
+    def expert_load(self) -> list[int]: ...
     @property
     def seconds(self) -> list[float]: ...
     @property
@@ -78,12 +88,12 @@ class Program:
     ) -> None: ...
     def slot(self, width: int, logits: bool) -> int: ...
     def angles(self, inv_freq: np.ndarray, scale: float) -> int: ...
-    def embed(self, table: Weight, out: int) -> None: ...
+    def embed(self, table: Weight, by_position: bool, offset: int, out: int) -> None: ...
     def linear(
         self,
         x: int,
         parts: Sequence[tuple[Weight, np.ndarray | None, int, bool]],
-        norm: tuple[np.ndarray, float] | None,
+        before: Transform | None,
         gathered: bool,
         recipe: str,
     ) -> None:
@@ -96,8 +106,9 @@ class Program:
         gate_bias: np.ndarray | None,
         up: Weight,
         up_bias: np.ndarray | None,
+        activation: str,
         out: int,
-        norm: tuple[np.ndarray, float] | None,
+        before: Transform | None,
         recipe: str,
     ) -> None: ...
     def head(
@@ -106,11 +117,15 @@ class Program:
         weight: Weight,
         bias: np.ndarray | None,
         logits: int,
-        norm: tuple[np.ndarray, float] | None,
+        before: Transform | None,
         gathered: bool,
         recipe: str,
-    ) -> None: ...
-    def rms_norm(self, x: int, weight: np.ndarray, eps: float, out: int) -> None: ...
+        factor: float,
+        cap: float,
+    ) -> None:
+        """Logits, each as "cap" makes it of the product, and the tokens that they choose."""
+
+    def apply(self, x: int, of_row: Transform, residual: int, out: int) -> None: ...
     def rope(self, x: int, angles: int, heads: int, out: int) -> None: ...
     def kv_write(self, kv: KvPool, layer: int, group: int, k: int, v: int) -> None: ...
     def attention(
@@ -121,16 +136,37 @@ class Program:
         q: int,
         k: int,
         v: int,
+        q_norm: Transform | None,
         q_angles: int,
+        k_norm: Transform | None,
         k_angles: int,
         heads: int,
         scale: float,
         window: int,
         softcap: float,
+        slopes: np.ndarray | None,
         out: int,
     ) -> None: ...
-    def silu_mul(self, gate: int, up: int, out: int) -> None: ...
-    def add(self, x: int, y: int, out: int) -> None: ...
+    def bidirectional(self, q: int, k: int, v: int, heads: int, scale: float, out: int) -> None: ...
+    def experts(
+        self,
+        x: int,
+        scores: int,
+        gate: list[Weight],
+        up: list[Weight],
+        down: list[Weight],
+        chosen: int,
+        normalise: bool,
+        activation: str,
+        hidden: int,
+        results: int,
+        out: int,
+        recipe: str,
+    ) -> None:
+        """`hidden` and `results` are slots for the instruction's own use, `chosen` times as wide as an expert's."""
+
+    def glu(self, gate: int, up: int, activation: str, out: int) -> None: ...
+    def add(self, x: int, y: int, factor: float, out: int) -> None: ...
     def take_rows(self, x: int, out: int) -> None: ...
     def finish(self, hidden: int, output: int) -> None: ...
     def submit(

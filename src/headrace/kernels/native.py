@@ -31,7 +31,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..types import SamplingParams
-from .ops import Array, Batch, KVGroupBatch, RopeTable
+from .ops import Activation, Array, Batch, KVGroupBatch, RopeTable
 
 try:
     _native: Any = importlib.import_module("headrace.kernels._native")
@@ -132,6 +132,11 @@ class Ticket:
     def times(self) -> tuple[float, float]:
         """When the step started and ended, in seconds of time.monotonic. To be read after `result`."""
         return self._ticket.started, self._ticket.ended
+
+    @property
+    def expert_load(self) -> list[int]:
+        """Of each call of `experts` in turn, how many rows chose each expert. To be read after `result`."""
+        return self._ticket.expert_load
 
     @property
     def seconds(self) -> list[float]:
@@ -270,12 +275,15 @@ class NativeOps:
         self._recording.records.append(Record(op, tuple(inputs), out, attributes))
         return out
 
-    def embed(self, table: Any, tokens: Array) -> Array:
-        return self._record("embed", (), table.cols, table=table)
+    def embed(self, table: Any, indices: Array, offset: int = 0) -> Array:
+        by_position = self._recording is not None and indices is self._recording.batch.positions
+        return self._record("embed", (), table.cols, table=table, by_position=by_position, offset=offset)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """As in `Ops`; where x is several times as wide as the weight, each part of it is normed on its own."""
-        return self._record("rms_norm", (x,), x.width, weight=weight, eps=eps)
+        return self._record("norm", (x,), x.width, function=("rms_norm", weight, None, eps, 0.0))
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        return self._record("norm", (x,), x.width, function=("layer_norm", weight, bias, eps, 0.0))
 
     def linear(self, x: Array, weight: Any, bias: Array | None = None) -> Array:
         return self._record("linear", (x,), weight.rows, weight=weight, bias=bias)
@@ -297,15 +305,44 @@ class NativeOps:
         scale: float,
         window: int | None,
         softcap: float | None,
+        slopes: np.ndarray | None = None,
     ) -> Array:
-        options = {"heads": heads, "scale": scale, "window": window or 0, "softcap": softcap or 0.0}
+        options = {"heads": heads, "scale": scale, "window": window or 0, "softcap": softcap or 0.0, "slopes": slopes}
         return self._record("attention", (q,), q.width, cache=cache, group=self._group(group), **options)
 
-    def silu_mul(self, gate: Array, up: Array) -> Array:
-        return self._record("silu_mul", (gate, up), gate.width)
+    def bidirectional_attention(self, q: Array, k: Array, v: Array, batch: Batch, *, heads: int, scale: float) -> Array:
+        return self._record("bidirectional", (q, k, v), q.width, heads=heads, scale=scale)
+
+    def activate(self, x: Array, activation: Activation) -> Array:
+        return self._record("activate", (x,), x.width, function=(activation, None, None, 0.0, 0.0))
+
+    def glu(self, gate: Array, up: Array, activation: Activation) -> Array:
+        return self._record("glu", (gate, up), gate.width, activation=activation)
+
+    def experts(
+        self,
+        x: Array,
+        scores: Array,
+        gate: Sequence[Any],
+        up: Sequence[Any],
+        down: Sequence[Any],
+        batch: Batch,
+        *,
+        chosen: int,
+        normalise: bool,
+        activation: Activation,
+    ) -> Array:
+        options = {"chosen": chosen, "normalise": normalise, "activation": activation}
+        return self._record("experts", (x, scores), down[0].rows, gate=gate, up=up, down=down, **options)
 
     def add(self, x: Array, y: Array) -> Array:
         return self._record("add", (x, y), x.width)
+
+    def scale(self, x: Array, factor: float) -> Array:
+        return self._record("scale", (x,), x.width, function=("cap", None, None, factor, 0.0))
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        return self._record("softcap", (x,), x.width, function=("cap", None, None, 1.0, cap))
 
     def take_rows(self, x: Array, rows: Array) -> Array:
         return self._record("take_rows", (x,), x.width, gathers=True)
@@ -355,11 +392,14 @@ class Item:
 def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
     """Join records into the instructions that the native program has.
 
-        take_rows? -> rms_norm? -> linear, linear ...   "product": products of one input, which is prepared once
-        product -> add                                  "product" with a residual that it adds to
-        product, product -> silu_mul                    "gated"
-        product -> output                               "head", where its rows are logit_rows
-        rope?, rope? -> kv_write? -> attention          "attention"
+        take_rows? -> norm? -> linear, linear ...              "product": products of one input, which is prepared once
+        activate -> linear                                     "product"
+        product -> add                                         "product" with a residual that it adds to
+        product, product -> glu                                "gated"
+        product -> scale? -> softcap? -> output                "head", where its rows are logit_rows
+        norm? -> rope?, norm? -> rope? -> kv_write? -> attention   "attention"
+        norm, activate, scale or softcap                       "apply"; a norm with the addition of its result
+        scale -> add                                           "add"
 
     A record that another one absorbs is left out where it stood. Values never change, so an item may read one later
     than its record did.
@@ -368,19 +408,26 @@ def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
     for record in records:
         if record in done or graph.absorbed(record):
             continue
-        if record.op == "linear":
-            group = [user for user in graph.users[record.inputs[0]] if user.op == "linear" and not graph.absorbed(user)]
+        if record is graph.logits:
+            items.append(graph.head())
+        elif record.op == "linear":
+            group = graph.products_of(record.inputs[0])
             done.update(group)
             items.append(graph.product(group, None))
-        elif record.op == "add" and (linear := graph.summand(record)):
-            items.append(graph.product([linear], record))
-        elif record.op == "silu_mul" and (pair := graph.gate_and_up(record)):
+        elif record.op == "add" and (summand := graph.summand(record)):
+            items.append(graph.sum(summand, record))
+        elif record.op == "glu" and (pair := graph.gate_and_up(record)):
             items.append(graph.gated(pair, record))
         elif record.op == "attention":
             items.append(graph.attention(record))
+        elif record.op in _APPLIED:
+            items.append(Item("apply", record.inputs, (record.out,), record.attributes))
         else:
             items.append(Item(record.op, record.inputs, (record.out,), record.attributes))
     return items
+
+
+_APPLIED = ("norm", "activate", "scale", "softcap")
 
 
 class _Graph:
@@ -393,6 +440,17 @@ class _Graph:
         for record in records:
             for value in record.inputs:
                 self.users.setdefault(value, []).append(record)
+        self.logits, self._head = self._find_head()
+
+    def _find_head(self) -> tuple[Record | None, list[Record]]:
+        """The record that makes the program's logits, and the chain that ends in it: a product, then what scales it."""
+        last = self.maker.get(self.output) if self.output is not None and self.output.logits else None
+        chain: list[Record] = []
+        for op in ("softcap", "scale", "linear"):
+            record = last if not chain else self.maker.get(chain[0].inputs[0])
+            if record is not None and record.op == op and (not chain or self._only_user(record.out) is chain[0]):
+                chain.insert(0, record)
+        return (last, chain) if chain and chain[0].op == "linear" else (None, [])
 
     def _only_user(self, value: Value) -> Record | None:
         users = self.users.get(value, [])
@@ -402,34 +460,71 @@ class _Graph:
         users = self.users.get(value, [])
         return bool(users) and value is not self.output and all(user.op == "linear" for user in users)
 
+    def products_of(self, value: Value) -> list[Record]:
+        """The products of a value that stand for themselves."""
+        linears = (user for user in self.users[value] if user.op == "linear")
+        return [record for record in linears if record is not self.logits and not self.absorbed(record)]
+
     def absorbed(self, record: Record) -> bool:
         """Whether what reads the record's value does its work."""
         user = self._only_user(record.out)
-        if record.op == "rms_norm":
-            return self._feeds_products(record.out) and len(record.attributes["weight"]) == record.out.width
-        if record.op == "take_rows":
-            behind_norm = user is not None and user.op == "rms_norm" and self.absorbed(user)
-            return behind_norm or self._feeds_products(record.out)
-        if record.op == "rope":
-            before_write = user is not None and user.op == "kv_write" and self.absorbed(user)
-            return user is not None and (user.op == "attention" or (before_write and user.inputs[0] is record.out))
         if record.op == "kv_write":
             return any(self._write_of(reader) is record for reader in self.records if reader.op == "attention")
-        if record.op == "linear" and user is not None:
-            return self.summand(user) is record if user.op == "add" else self.gate_and_up(user) is not None
-        return False
+        if record in self._head:
+            return record is not self.logits
+        if record.op in ("norm", "activate") and self._feeds_products(record.out) and _of_whole_rows(record):
+            return True
+        if record.op == "take_rows" and self._feeds_products(record.out):
+            return True
+        if user is None:
+            return False
+        if user.op == "add":
+            return self.summand(user) is record
+        if record.op == "take_rows":
+            return user.op == "norm" and self.absorbed(user)
+        if record.op == "rope" or (record.op == "norm" and self._of_heads(record)):
+            return self._feeds_attention(record, user)
+        return record.op == "linear" and self.gate_and_up(user) is not None
+
+    def _of_heads(self, norm: Record) -> bool:
+        """Whether a norm is of each head, and that of attention or of a rotation."""
+        user = self._only_user(norm.out)
+        parts = norm.out.width // len(norm.attributes["function"][1])
+        if user is None or user.op not in ("rope", "attention", "kv_write"):
+            return False
+        if user.op == "kv_write":
+            return parts == user.attributes["cache"].pool.kv_heads and user.inputs[0] is norm.out
+        return parts == user.attributes["heads"]
+
+    def _feeds_attention(self, record: Record, user: Record) -> bool:
+        """Whether attention absorbs what happens to its queries, or to the keys that it absorbs the writing of."""
+        if record.op == "norm" and user.op == "rope":
+            return self.absorbed(user)
+        before_write = user.op == "kv_write" and self.absorbed(user) and user.inputs[0] is record.out
+        return user.op == "attention" or before_write
 
     def summand(self, add: Record) -> Record | None:
-        """The product that an addition absorbs: its second operand if that is one for it alone, else the first."""
+        """The product, norm or scaling that an addition absorbs: its second operand if that is one for it alone, else
+        the first."""
         for value in reversed(add.inputs):
             maker = self.maker.get(value)
-            if maker is not None and maker.op == "linear" and self._only_user(value) is add:
+            if maker is not None and maker.op in ("linear", "norm", "scale") and self._only_user(value) is add:
                 return maker
         return None
 
+    def sum(self, summand: Record, add: Record) -> Item:
+        """An addition, and what it absorbs."""
+        if summand.op == "linear":
+            return self.product([summand], add)
+        residual = add.inputs[0] if add.inputs[1] is summand.out else add.inputs[1]
+        if summand.op == "norm":
+            return Item("apply", (*summand.inputs, residual), (add.out,), summand.attributes)
+        factor = summand.attributes["function"][3]
+        return Item("add", (residual, *summand.inputs), (add.out,), {"factor": factor})
+
     def gate_and_up(self, record: Record) -> tuple[Record, Record] | None:
-        """The two products of one input that a silu_mul absorbs."""
-        if record.op != "silu_mul":
+        """The two products of one input that a glu absorbs."""
+        if record.op != "glu":
             return None
         gate, up = (self.maker.get(value) for value in record.inputs)
         if gate is None or up is None or gate.op != "linear" or up.op != "linear" or gate.inputs != up.inputs:
@@ -446,11 +541,11 @@ class _Graph:
         return last if same else None
 
     def _input(self, value: Value) -> tuple[Value, dict[str, Any]]:
-        """Where products find their input: behind the norm and the gathering that they absorb."""
-        source: dict[str, Any] = {"norm": None, "gathered": False}
+        """Where products find their input: behind the norm or activation and the gathering that they absorb."""
+        source: dict[str, Any] = {"before": None, "gathered": False}
         maker = self.maker.get(value)
-        if maker is not None and maker.op == "rms_norm" and self.absorbed(maker):
-            source["norm"] = (maker.attributes["weight"], maker.attributes["eps"])
+        if maker is not None and maker.op in ("norm", "activate") and self.absorbed(maker):
+            source["before"] = maker.attributes["function"]
             (value,) = maker.inputs
             maker = self.maker.get(value)
         if maker is not None and maker.op == "take_rows" and self.absorbed(maker):
@@ -464,25 +559,37 @@ class _Graph:
         if add is not None:
             residual = add.inputs[0] if add.inputs[1] is linears[0].out else add.inputs[1]
             return Item("product", (x, residual), (add.out,), source)
-        outs = tuple(record.out for record in linears)
-        is_head = len(outs) == 1 and outs[0] is self.output and outs[0].logits
-        return Item("head" if is_head else "product", (x,), outs, source)
+        return Item("product", (x,), tuple(record.out for record in linears), source)
 
-    def gated(self, pair: tuple[Record, Record], silu_mul: Record) -> Item:
+    def head(self) -> Item:
+        linear, *after = self._head
+        x, source = self._input(linear.inputs[0])
+        source |= {"parts": [linear.attributes], "factor": 1.0, "cap": 0.0}
+        for record in after:
+            *_, factor, cap = record.attributes["function"]
+            source |= {"factor": source["factor"] * factor, "cap": cap}
+        return Item("head", (x,), (self._head[-1].out,), source)
+
+    def gated(self, pair: tuple[Record, Record], glu: Record) -> Item:
         x, source = self._input(pair[0].inputs[0])
-        source["parts"] = [record.attributes for record in pair]
-        return Item("gated", (x,), (silu_mul.out,), source)
+        source |= {"parts": [record.attributes for record in pair], "activation": glu.attributes["activation"]}
+        return Item("gated", (x,), (glu.out,), source)
 
     def attention(self, record: Record) -> Item:
-        attributes = {**record.attributes, "q_rope": None, "k_rope": None}
+        attributes = record.attributes | dict.fromkeys(("q_rope", "k_rope", "q_norm", "k_norm"))
         reads = [record.inputs[0]]
         if write := self._write_of(record):
             reads.extend(write.inputs)
-        for index, name in enumerate(("q_rope", "k_rope")):
-            rope = self.maker.get(reads[index]) if index < len(reads) else None
-            if rope is not None and rope.op == "rope" and self.absorbed(rope):
-                reads[index], attributes[name] = rope.inputs[0], rope.attributes["table"]
+        for index, name in enumerate("qk"[: len(reads)]):
+            for op, attribute in (("rope", "table"), ("norm", "function")):
+                maker = self.maker.get(reads[index])
+                if maker is not None and maker.op == op and self.absorbed(maker):
+                    reads[index], attributes[f"{name}_{op}"] = maker.inputs[0], maker.attributes[attribute]
         return Item("attention", tuple(reads), (record.out,), attributes)
+
+
+def _of_whole_rows(record: Record) -> bool:
+    return record.op != "norm" or len(record.attributes["function"][1]) == record.out.width
 
 
 # The native program
@@ -503,7 +610,10 @@ def _build(ops: NativeOps, batch: Batch, records: list[Record], output: Value | 
 
 
 def _instruction(item: Item) -> Instruction:
-    weights = [part["weight"] for part in item.attributes.get("parts", ())]
+    a = item.attributes
+    weights = [part["weight"] for part in a.get("parts", ())]
+    if item.kind == "experts":  # those of one row
+        weights = [weight for name in ("gate", "up", "down") for weight in a[name][: a["chosen"]]]
     shapes = tuple((weight.rows, weight.cols) for weight in weights)
     return Instruction(item.kind, shapes, sum(weight.nbytes for weight in weights))
 
@@ -549,57 +659,67 @@ class _Builder:
         return self._angles[id(table)][1]
 
     def _embed(self, index: int, item: Item) -> None:
-        self._program.embed(item.attributes["table"], self.slot_for(item.writes[0]))
+        a = item.attributes
+        self._program.embed(a["table"], a["by_position"], a["offset"], self.slot_for(item.writes[0]))
 
     def _product(self, index: int, item: Item) -> None:
         attributes, x = item.attributes, self.slots[item.reads[0]]
+        before = attributes["before"]
+        source = (before, attributes["gathered"], self._recipe(shifted=before is not None and before[1] is not None))
         if len(item.reads) == 1:
             outs = [self.slot_for(value) for value in item.writes]
             parts = [(part["weight"], part["bias"], out, False) for part, out in zip(attributes["parts"], outs)]
-            self._program.linear(
-                x,
-                parts,
-                attributes["norm"],
-                attributes["gathered"],
-                self._recipe(shifted=attributes["norm"] is not None),
-            )
+            self._program.linear(x, parts, *source)
             return
         residual, (part,) = item.reads[1], attributes["parts"]
         in_place = self._last_read[residual] == index and residual is not item.reads[0]
         out = self.slots.pop(residual) if in_place else self.slot_for(item.writes[0])
         self.slots[item.writes[0]] = out
         parts = [(part["weight"], part["bias"], out, in_place)]
-        self._program.linear(
-            x, parts, attributes["norm"], attributes["gathered"], self._recipe(shifted=attributes["norm"] is not None)
-        )
+        self._program.linear(x, parts, *source)
         if not in_place:
-            self._program.add(self.slots[residual], out, out)
+            self._program.add(self.slots[residual], out, 1.0, out)
 
     def _gated(self, index: int, item: Item) -> None:
         gate, up = item.attributes["parts"]
         x, out = self.slots[item.reads[0]], self.slot_for(item.writes[0])
         weights = (gate["weight"], gate["bias"], up["weight"], up["bias"])
-        self._program.gated(x, *weights, out, item.attributes["norm"], self._recipe())
+        a = item.attributes
+        self._program.gated(x, *weights, a["activation"], out, a["before"], self._recipe())
 
     def _head(self, index: int, item: Item) -> None:
         (part,), attributes = item.attributes["parts"], item.attributes
         x, out = self.slots[item.reads[0]], self.slot_for(item.writes[0])
-        source = (attributes["norm"], attributes["gathered"])
-        self._program.head(x, part["weight"], part["bias"], out, *source, self._recipe(shifted=True))
+        source = (attributes["before"], attributes["gathered"], self._recipe(shifted=True))
+        self._program.head(x, part["weight"], part["bias"], out, *source, attributes["factor"], attributes["cap"])
 
     def _attention(self, index: int, item: Item) -> None:
         a, reads = item.attributes, self._read(item)
         q, k, v = reads if len(reads) == 3 else (*reads, -1, -1)
-        ropes = (self._angles_of(a["q_rope"]), self._angles_of(a["k_rope"]))
-        numbers = (a["heads"], a["scale"], a["window"], a["softcap"])
-        cache = a["cache"]
-        self._program.attention(
-            cache.pool, cache.layer, a["group"], q, k, v, *ropes, *numbers, self.slot_for(item.writes[0])
-        )
+        before = (a["q_norm"], self._angles_of(a["q_rope"]), a["k_norm"], self._angles_of(a["k_rope"]))
+        numbers = (a["heads"], a["scale"], a["window"], a["softcap"], a["slopes"])
+        place = (a["cache"].pool, a["cache"].layer, a["group"])
+        self._program.attention(*place, q, k, v, *before, *numbers, self.slot_for(item.writes[0]))
 
-    def _rms_norm(self, index: int, item: Item) -> None:
-        weight, eps = item.attributes["weight"], item.attributes["eps"]
-        self._program.rms_norm(*self._read(item), weight, eps, self.slot_for(item.writes[0]))
+    def _bidirectional(self, index: int, item: Item) -> None:
+        heads, scale = item.attributes["heads"], item.attributes["scale"]
+        self._program.bidirectional(*self._read(item), heads, scale, self.slot_for(item.writes[0]))
+
+    def _apply(self, index: int, item: Item) -> None:
+        x, *residual = self._read(item)
+        out = self.slot_for(item.writes[0])
+        self._program.apply(x, item.attributes["function"], residual[0] if residual else -1, out)
+
+    def _experts(self, index: int, item: Item) -> None:
+        a, (x, scores) = item.attributes, self._read(item)
+        out = item.writes[0]
+        matrices = (list(a["gate"]), list(a["up"]), list(a["down"]))
+        inner = (Value(a["chosen"] * a["gate"][0].rows), Value(a["chosen"] * out.width))
+        slots = [self.slot_for(value) for value in (*inner, out)]
+        for value in inner:
+            self._free.setdefault((value.width, value.logits), []).append(self.slots.pop(value))
+        options = (a["chosen"], a["normalise"], a["activation"])
+        self._program.experts(x, scores, *matrices, *options, *slots, self._recipe())
 
     def _rope(self, index: int, item: Item) -> None:
         angles = self._angles_of(item.attributes["table"])
@@ -609,11 +729,12 @@ class _Builder:
         cache = item.attributes["cache"]
         self._program.kv_write(cache.pool, cache.layer, item.attributes["group"], *self._read(item))
 
-    def _silu_mul(self, index: int, item: Item) -> None:
-        self._program.silu_mul(*self._read(item), self.slot_for(item.writes[0]))
+    def _glu(self, index: int, item: Item) -> None:
+        self._program.glu(*self._read(item), item.attributes["activation"], self.slot_for(item.writes[0]))
 
     def _add(self, index: int, item: Item) -> None:
-        self._program.add(*self._read(item), self.slot_for(item.writes[0]))
+        factor = item.attributes.get("factor", 1.0)
+        self._program.add(*self._read(item), factor, self.slot_for(item.writes[0]))
 
     def _take_rows(self, index: int, item: Item) -> None:
         self._program.take_rows(*self._read(item), self.slot_for(item.writes[0]))

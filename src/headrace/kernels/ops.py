@@ -11,13 +11,19 @@ opaque: `pack` makes a Matrix from a file's tensor, and only the same op set rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
 Array = Any  # what an op set computes on: numpy arrays, or slots of a recorded program
 Matrix = Any  # a packed weight [out, in]
+
+# gelu: x times the normal distribution's share below x; gelu_tanh: its approximation by tanh (Hendrycks & Gimpel 2016).
+# relu2: the square of relu.
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Batch:
     logit_rows: Array  # int32 [n]: the rows that the head computes, ascending
     groups: tuple[KVGroupBatch, ...]  # one per KV group of this range of layers
     hidden: Array | None = None  # float32 [rows, dim]: input of a range that does not start at layer 0
+    # Each call of `experts` appends int64 [experts]: how many rows chose each. The native set counts in the program.
+    expert_load: list[np.ndarray] = field(default_factory=list)
 
 
 class Ops(Protocol):
@@ -60,11 +68,11 @@ class Ops(Protocol):
     name: str
 
     def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> Matrix:
-        """Take a file's tensor [out, in] into this op set's own layout, its rows reordered by `row_order` if given."""
+        """Take a file's tensor [out, in] into this op set's own layout: its rows `row_order`, in that order, or all."""
         ...
 
     def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> Array:
-        """Take a file's 1-d tensor as float32, its elements reordered by `row_order` if given (biases follow their
+        """Take a file's 1-d tensor as float32: its elements `row_order`, in that order, or all (biases follow their
         matrix)."""
         ...
 
@@ -77,12 +85,18 @@ class Ops(Protocol):
         """Copy a page in every layer of a pool."""
         ...
 
-    def embed(self, table: Matrix, tokens: Array) -> Array:
-        """Rows of `table` as float32 [rows, dim]."""
+    def embed(self, table: Matrix, indices: Array, offset: int = 0) -> Array:
+        """Rows `indices` + `offset` of `table` as float32 [rows, dim]; `indices` are the batch's tokens or
+        positions."""
         ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """x / sqrt(mean(x^2) + eps) * weight, over the last axis (Zhang & Sennrich 2019)."""
+        """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), over the last axis; where x is several times as
+        wide as the weight (one vector a head), over each such part."""
+        ...
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        """(x - mean(x)) / sqrt(variance(x) + eps) * weight (+ bias), over the last axis (Ba et al. 2016)."""
         ...
 
     def linear(self, x: Array, weight: Matrix, bias: Array | None = None) -> Array:
@@ -108,21 +122,64 @@ class Ops(Protocol):
         scale: float,
         window: int | None,
         softcap: float | None,
+        slopes: np.ndarray | None = None,
     ) -> Array:
         """Causal grouped-query attention of q [rows, heads * head_dim] over its sequences' pages -> the same shape.
 
         Row at position p sees keys at positions max(0, p - window + 1)..p, as they are stored. Scores are softcap *
-        tanh(s / softcap) where a softcap is given. Keys are taken in blocks that start at fixed absolute positions,
-        so the order of sums does not depend on chunks or pages.
+        tanh(s / softcap) where a softcap is given; then the score of a key at t gains slopes[head] * (t - p) where
+        `slopes`, float32 [heads], are given (ALiBi, Press et al. 2021). Keys are taken in blocks that start at fixed
+        absolute positions, so the order of sums does not depend on chunks or pages.
         """
         ...
 
-    def silu_mul(self, gate: Array, up: Array) -> Array:
-        """silu(gate) * up (Shazeer 2020)."""
+    def bidirectional_attention(self, q: Array, k: Array, v: Array, batch: Batch, *, heads: int, scale: float) -> Array:
+        """Attention of q [rows, heads * head_dim] over all rows of the same chunk -> the same shape.
+
+        k and v are [rows, kv_heads * head_dim], kv_heads dividing heads, and stay float32: no pages. A row's result
+        depends on its chunk alone.
+        """
+        ...
+
+    def activate(self, x: Array, activation: Activation) -> Array:
+        """The activation of each element."""
+        ...
+
+    def glu(self, gate: Array, up: Array, activation: Activation) -> Array:
+        """activation(gate) * up: a gated linear unit (Shazeer 2020)."""
+        ...
+
+    def experts(
+        self,
+        x: Array,
+        scores: Array,
+        gate: Sequence[Matrix],
+        up: Sequence[Matrix],
+        down: Sequence[Matrix],
+        batch: Batch,
+        *,
+        chosen: int,
+        normalise: bool,
+        activation: Activation,
+    ) -> Array:
+        """Each row's `chosen` experts, weighted and summed in the order of their numbers -> [rows, dim].
+
+        `scores` [rows, experts] are the router's; their softmax gives an expert's weight, and the highest are chosen,
+        the lower number where two are equal. With `normalise` the weights of the chosen ones are divided by their
+        sum. Expert e is down[e](glu(gate[e](x), up[e](x))); one that no row has chosen is not read.
+        """
         ...
 
     def add(self, x: Array, y: Array) -> Array:
         """x + y."""
+        ...
+
+    def scale(self, x: Array, factor: float) -> Array:
+        """x * factor."""
+        ...
+
+    def softcap(self, x: Array, cap: float) -> Array:
+        """cap * tanh(x / cap)."""
         ...
 
     def take_rows(self, x: Array, rows: Array) -> Array:

@@ -10,7 +10,7 @@ fails takes one column at a time instead. Threads share out whole blocks of outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,7 +20,8 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from ..errors import ConfigError
-from .ops import Batch, KVGroupBatch, RopeTable
+from .activations import activate, glu
+from .ops import Activation, Batch, KVGroupBatch, RopeTable
 
 LANES = 16  # columns in every product: one AVX-512 register of float32, two of AVX2
 OUTPUTS = 384  # outputs in a product, at most: its block of weights should stay in the second-level cache
@@ -76,7 +77,7 @@ class ReferenceOps:
     def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> DenseMatrix:
         rows = np.ascontiguousarray(tensor.decode(), dtype=np.float32)
         if row_order is not None:
-            rows = rows[row_order]
+            rows = np.ascontiguousarray(rows[row_order])
         outputs, inputs = rows.shape
         blocks = -(-outputs // OUTPUTS)
         cuts = tuple(outputs * block // blocks for block in range(blocks + 1))
@@ -118,12 +119,19 @@ class ReferenceOps:
                 if plane.scales is not None:
                     plane.scales[:, new] = plane.scales[:, old]
 
-    def embed(self, table: DenseMatrix, tokens: np.ndarray) -> np.ndarray:
-        return table.rows[tokens]
+    def embed(self, table: DenseMatrix, indices: np.ndarray, offset: int = 0) -> np.ndarray:
+        return table.rows[indices + offset]
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-        mean = np.mean(np.square(x), axis=-1, keepdims=True)
-        return x / np.sqrt(mean + np.float32(eps)) * weight
+        parts = x.reshape(len(x), x.shape[1] // len(weight), len(weight))
+        mean = np.mean(np.square(parts), axis=-1, keepdims=True)
+        return (parts / np.sqrt(mean + np.float32(eps)) * weight).reshape(x.shape)
+
+    def layer_norm(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = np.mean(np.square(centred), axis=-1, keepdims=True)
+        y = centred / np.sqrt(variance + np.float32(eps)) * weight
+        return y if bias is None else y + bias
 
     def linear(self, x: np.ndarray, weight: DenseMatrix, bias: np.ndarray | None = None) -> np.ndarray:
         y = np.empty((len(x), len(weight.rows)), np.float32)
@@ -177,29 +185,45 @@ class ReferenceOps:
         scale: float,
         window: int | None,
         softcap: float | None,
+        slopes: np.ndarray | None = None,
     ) -> np.ndarray:
         out = np.zeros_like(q)
         q = q * np.float32(scale)
         for chunk, pages in enumerate(group.page_table):
             rows = slice(batch.chunk_rows[chunk], batch.chunk_rows[chunk + 1])
-            out[rows] = self._attend(q[rows], cache, batch.positions[rows], pages, heads, window, softcap)
+            seen = _gather(cache, batch.positions[rows], pages, window)
+            out[rows] = self._attend(q[rows], seen, batch.positions[rows], cache.lanes, window, softcap, slopes)
+        return out
+
+    def bidirectional_attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, batch: Batch, *, heads: int, scale: float
+    ) -> np.ndarray:
+        head_dim = q.shape[1] // heads
+        lanes = min(self._lanes_for(BLOCK, head_dim), self._lanes_for(head_dim, BLOCK))
+        out = np.empty_like(q)
+        q = q * np.float32(scale)
+        for first, past in pairwise(batch.chunk_rows):
+            rows = slice(first, past)
+            keys, values = (_blocks(x[rows].reshape(past - first, -1, head_dim).swapaxes(0, 1), 0) for x in (k, v))
+            last = np.full(past - first, past - first - 1, np.int32)  # every row sees as far as the last one
+            out[rows] = self._attend(q[rows], (0, keys, values), last, lanes, None, None, None)
         return out
 
     def _attend(
         self,
         q: np.ndarray,
-        cache: KVCache,
+        seen: tuple[int, np.ndarray, np.ndarray],
         positions: np.ndarray,
-        pages: np.ndarray,
-        heads: int,
+        lanes: int,
         window: int | None,
         softcap: float | None,
+        slopes: np.ndarray | None,
     ) -> np.ndarray:
-        """Attention of a chunk's rows. A (row, query head of a KV head) is a lane; tiles of lanes run in bunches."""
-        kv_heads, _, head_dim = cache.keys.codes.shape
-        grouped = heads // kv_heads
-        first_block, keys, values = _gather(cache, positions, pages, window)
-        lanes = cache.lanes
+        """Attention of a chunk's rows over what `_gather` gave. A (row, query head of a KV head) is a lane; tiles of
+        lanes run in bunches."""
+        first_block, keys, values = seen
+        kv_heads, head_dim = keys.shape[0], keys.shape[-1]
+        grouped = q.shape[1] // (kv_heads * head_dim)
         # [rows, kv_heads, grouped, head_dim] -> [lanes, kv_heads, head_dim] -> [kv_heads, tiles, 1, head_dim, lanes]
         by_lane = q.reshape(len(q), kv_heads, grouped, head_dim).swapaxes(1, 2).reshape(-1, kv_heads, head_dim)
         by_lane = _pad(by_lane, lanes)
@@ -209,6 +233,7 @@ class ReferenceOps:
         lane_positions[: len(q) * grouped] = np.repeat(positions, grouped)
         lane_positions = lane_positions.reshape(-1, 1, 1, lanes)
         tiles = len(lane_positions)
+        lane_slopes = None if slopes is None else _lane_slopes(slopes, kv_heads, len(q), lanes)
         out = np.empty((kv_heads, tiles, head_dim, lanes), np.float32)
         bunch = max(1, SCORES // (kv_heads * keys.shape[1] * BLOCK * lanes))
 
@@ -223,18 +248,55 @@ class ReferenceOps:
                 (first_block + blocks.start) * BLOCK,
                 window,
                 softcap,
+                None if lane_slopes is None else lane_slopes[:, part],
             )
 
         self._run(mix, -(-tiles // bunch), 2 * keys.size * tiles * lanes)
         rows = out.transpose(1, 3, 0, 2).reshape(-1, kv_heads, head_dim)[: len(q) * grouped]
         return rows.reshape(len(q), grouped, kv_heads, head_dim).swapaxes(1, 2).reshape(len(q), -1)
 
-    def silu_mul(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):  # exp(-gate) may be inf, and then silu is 0
-            return gate / (np.float32(1) + np.exp(-gate)) * up
+    def activate(self, x: np.ndarray, activation: Activation) -> np.ndarray:
+        return activate(x, activation)
+
+    def glu(self, gate: np.ndarray, up: np.ndarray, activation: Activation) -> np.ndarray:
+        return glu(gate, up, activation)
+
+    def experts(
+        self,
+        x: np.ndarray,
+        scores: np.ndarray,
+        gate: Sequence[DenseMatrix],
+        up: Sequence[DenseMatrix],
+        down: Sequence[DenseMatrix],
+        batch: Batch,
+        *,
+        chosen: int,
+        normalise: bool,
+        activation: Activation,
+    ) -> np.ndarray:
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        picked = np.zeros(scores.shape, bool)
+        np.put_along_axis(picked, np.argsort(-scores, axis=-1, kind="stable")[:, :chosen], True, axis=-1)
+        weights = np.where(picked, weights, np.float32(0))
+        if normalise:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        out = np.zeros((len(x), len(down[0].rows)), np.float32)
+        for expert in np.flatnonzero(picked.any(axis=0)).tolist():
+            rows = np.flatnonzero(picked[:, expert])
+            hidden = glu(self.linear(x[rows], gate[expert]), self.linear(x[rows], up[expert]), activation)
+            out[rows] += self.linear(hidden, down[expert]) * weights[rows, expert, None]
+        batch.expert_load.append(picked.sum(axis=0))
+        return out
 
     def add(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x + y
+
+    def scale(self, x: np.ndarray, factor: float) -> np.ndarray:
+        return x * np.float32(factor)
+
+    def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
+        return np.tanh(x / np.float32(cap)) * np.float32(cap)
 
     def take_rows(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return x[rows]
@@ -278,17 +340,29 @@ def _gather(
     """
     low = 0 if window is None else max(0, int(positions[0]) - window + 1)
     end = int(positions[-1]) + 1
-    first, past = low // BLOCK, -(-end // BLOCK)
+    first = low // BLOCK
     seen = np.arange(low, end)
     slots = pages[seen // cache.page_size].astype(np.int64) * cache.page_size + seen % cache.page_size
 
-    def blocks(plane: KVPlane) -> np.ndarray:
-        kv_heads, _, head_dim = plane.codes.shape
-        out = np.zeros((kv_heads, (past - first) * BLOCK, head_dim), np.float32)
-        out[:, low - first * BLOCK : end - first * BLOCK] = _load(plane, slots, cache.dtype)
-        return out.reshape(kv_heads, -1, BLOCK, head_dim)
+    before = low - first * BLOCK
+    keys, values = (_blocks(_load(plane, slots, cache.dtype), before) for plane in (cache.keys, cache.values))
+    return first, keys, values
 
-    return first, blocks(cache.keys), blocks(cache.values)
+
+def _blocks(x: np.ndarray, before: int) -> np.ndarray:
+    """x [kv_heads, n, head_dim] with `before` zeros ahead of it, and behind it to whole blocks -> [kv_heads, blocks,
+    BLOCK, head_dim]."""
+    kv_heads, count, head_dim = x.shape
+    out = np.zeros((kv_heads, -(-(before + count) // BLOCK) * BLOCK, head_dim), np.float32)
+    out[:, before : before + count] = x
+    return out.reshape(kv_heads, -1, BLOCK, head_dim)
+
+
+def _lane_slopes(slopes: np.ndarray, kv_heads: int, rows: int, lanes: int) -> np.ndarray:
+    """Slopes by query head as [kv_heads, tiles, 1, 1, lanes]."""
+    grouped = slopes.reshape(kv_heads, -1)
+    by_lane = _pad(np.tile(grouped.T, (rows, 1)), lanes)
+    return by_lane.reshape(-1, lanes, kv_heads).transpose(2, 0, 1)[:, :, None, None]
 
 
 def _softmax_attention(
@@ -299,6 +373,7 @@ def _softmax_attention(
     start: int,
     window: int | None,
     softcap: float | None,
+    slopes: np.ndarray | None,
 ) -> np.ndarray:
     """q [kv_heads, tiles, 1, head_dim, lanes] over keys and values [kv_heads, 1, blocks, BLOCK, head_dim], the first
     at position `start` -> [kv_heads, tiles, head_dim, lanes].
@@ -310,6 +385,8 @@ def _softmax_attention(
     if softcap is not None:
         scores = np.tanh(scores / np.float32(softcap)) * np.float32(softcap)
     key_positions = (start + np.arange(keys.shape[2] * BLOCK, dtype=positions.dtype)).reshape(-1, BLOCK, 1)
+    if slopes is not None:
+        scores = scores + slopes * (key_positions - positions).astype(np.float32)
     hidden = key_positions > positions
     if window is not None:
         hidden |= key_positions <= positions - window

@@ -75,4 +75,4 @@ class Decoder:
     def _mlp(self, ops: Ops, x: Array, weights: LayerWeights) -> Array:
         gate = ops.linear(x, weights.gate, weights.gate_bias)
         up = ops.linear(x, weights.up, weights.up_bias)
-        return ops.linear(ops.silu_mul(gate, up), weights.down, weights.down_bias)
+        return ops.linear(ops.glu(gate, up, "silu"), weights.down, weights.down_bias)
