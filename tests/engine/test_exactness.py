@@ -146,5 +146,5 @@ def test_settings_are_all_exercised() -> None:
         "kv_memory",
         "max_context",
     }
-    elsewhere = {"kernels", "threads", "kv_dtype"}  # they choose the arithmetic
+    elsewhere = {"kernels", "threads", "kv_dtype", "activations"}  # they choose the arithmetic
     assert set(Settings.__struct_fields__) == covered | elsewhere

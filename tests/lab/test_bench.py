@@ -95,13 +95,13 @@ def test_a_run_that_is_not_what_it_says_is_refused():
 
 def test_measure_end_to_end(smollm2, tmp_path, capsys):
     heard: list[tuple[int, int]] = []
-    report = measure(str(smollm2), parse_tests("pp8,tg2"), 2, lambda done, total: heard.append((done, total)))
+    report = measure(str(smollm2), parse_tests("pp8,tg32"), 2, lambda done, total: heard.append((done, total)))
     assert heard == [(n, 6) for n in range(1, 7)]
     write_report(report, tmp_path / "bench.json")
     results = read_results(tmp_path / "bench.json")
-    assert [run["test"] for run in results["runs"]] == ["pp8", "pp8", "tg2", "tg2"]
-    assert set(results["summary"]) == {"pp8", "tg2"}
-    for name, tokens in (("pp8", 8), ("tg2", 2)):
+    assert [run["test"] for run in results["runs"]] == ["pp8", "pp8", "tg32", "tg32"]
+    assert set(results["summary"]) == {"pp8", "tg32"}
+    for name, tokens in (("pp8", 8), ("tg32", 2)):
         own = [run for run in results["runs"] if run["test"] == name]
         summary = results["summary"][name]
         for run in own:
