@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from .. import __version__
+from ..errors import ConfigError
 from .bodies import (
     ChatBody,
     CompletionBody,
@@ -29,13 +31,14 @@ from .bodies import (
 from .exchange import Exchange
 from .faults import Fault
 from .gate import Call, Gate
+from .keys import Keys
 from .metrics import Metrics
 from .models import Models, Served
 from .options import ServeOptions
 from .replies import Replies, dumps
 from .stream import EventStream
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+log = logging.getLogger("headrace.serve")
 
 
 class Streamed(Response):
@@ -58,9 +61,13 @@ class Server:
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
         self.metrics = Metrics()
-        self.models = Models(self.metrics, options.settings())
+        self.models = Models(self.metrics, options.settings() | {"max_restarts": options.max_restarts})
         self.streams: set[EventStream] = set()
+        self.calls: set[Call] = set()
+        self.keys = Keys(options.api_key_file) if options.api_key_file else None
+        self.admin_keys = Keys(options.admin_key_file) if options.admin_key_file else None
         self.draining = False
+        self._key_trouble = ""  # told once
         self.started = time.time()
 
     def app(self) -> Gate:
@@ -115,11 +122,10 @@ class Server:
             return _json(exchange.answer())
         exchange = self._exchange(request, served, job)
         call: Call = request.scope["headrace.call"]
-        stream = EventStream(exchange, call.headers())
+        stream = EventStream(exchange, request.scope.get("headrace.abort", _nothing))
+        call.at_end += [exchange.stop, partial(self.streams.discard, stream)]
         exchange.start()
         self.streams.add(stream)
-        exchange_over = lambda: self.streams.discard(stream)  # noqa: E731
-        call.at_end.append(exchange_over)
         return Streamed(stream)
 
     async def _whole(self, request: Request, served: Served, job: Job) -> Exchange:
@@ -150,14 +156,17 @@ class Server:
                 429, f"the queue is full ({served.llm.live} sequences); try again later", code="queue_full",
                 headers={"Retry-After": str(self._retry_after(served))},
             )  # fmt: skip
+        if self.options.request_timeout:
+            job.options.setdefault("deadline", self.options.request_timeout)
         call: Call = request.scope["headrace.call"]
         exchange = Exchange(job, served.llm, Replies(job, served.name, served.llm.tokenizer, call.id), served.collector)
         call.exchange = exchange
         return exchange
 
     def _retry_after(self, served: Served) -> int:
-        """Seconds until a place in the queue should be free: its length at the pace of late."""
-        return 1
+        """Seconds until a place in the queue should be free, at the pace of late."""
+        pace = served.collector.pace()  # requests that ended, a second
+        return min(60, max(1, round(self.options.max_queue / 4 / pace))) if pace else 5
 
     def _taking(self, name: str | None) -> Served:
         if self.draining:
@@ -165,7 +174,30 @@ class Server:
         return self.models.usable(name)
 
     async def _body(self, request: Request) -> bytes:
-        return await request.body()
+        """The whole body, of a bounded size, in a bounded time. After a Fault the rest of it is not read."""
+        limit, seconds = self.options.max_body_bytes, self.options.body_timeout
+        close = {"Connection": "close"}
+        too_large = Fault(413, f"the body is larger than {limit} bytes", code="body_too_large", headers=close)
+        announced = request.headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > limit:
+            raise too_large
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise Fault(415, "bodies must not be compressed", code="unsupported_encoding", headers=close)
+        data = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > limit:
+                        raise too_large
+        except TimeoutError:
+            raise Fault(
+                408, f"the body did not come within {seconds:g} s", code="request_timeout", headers=close
+            ) from None
+        except ClientDisconnect:
+            raise Fault(499, "the client has left", headers=close) from None
+        return bytes(data)
 
     # Tokens
 
@@ -214,6 +246,17 @@ class Server:
 
     # Operation
 
+    def reload_keys(self) -> None:
+        """Read key files that have changed. Where one is not usable, the keys of before stay in force."""
+        for keys in (self.keys, self.admin_keys):
+            try:
+                if keys is not None and keys.reload():
+                    log.info("keys reloaded")
+            except ConfigError as error:
+                if str(error) != self._key_trouble:
+                    self._key_trouble = str(error)
+                    log.error("keys not reloaded", extra={"facts": {"error": str(error)}})
+
     async def list_models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._card(served) for served in self.models.served.values()]})
 
@@ -258,6 +301,10 @@ class Server:
         body = parse(LoadBody, await self._body(request))
         await self.models.unload(body.name or body.model)
         return _json({"unloaded": body.name or body.model})
+
+
+def _nothing() -> None:
+    pass
 
 
 async def _left(request: Request) -> None:

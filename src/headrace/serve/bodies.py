@@ -323,7 +323,7 @@ def _check_fit(job: Job, llm: AsyncLLM, asked: int) -> None:
         if len(prompt) + max(asked, int(job.kind == "generate")) > context:
             raise Fault(
                 400,
-                f"this model's context is {context} tokens; the prompt has {len(prompt)}, and {asked} more are asked for",
+                f"this model's context is {context} tokens; the prompt has {len(prompt)}, {asked} more are wanted",
                 code="context_length_exceeded",
                 param="messages" if job.chat else "prompt",
             )

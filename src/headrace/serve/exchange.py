@@ -27,6 +27,7 @@ class Exchange:
         self.job, self.llm, self.replies, self.collector = job, llm, replies, collector
         self.done = asyncio.Event()
         self.fault: Fault | None = None
+        self.why = ""  # of the fault, for the log
         self.emit: Callable[[bytes], None] = lambda data: None
         self.began = time.monotonic()
         self.first: float | None = None  # when the first token came
@@ -86,6 +87,11 @@ class Exchange:
                 if self.job.stream:
                     self._close_stream()
                 self._finish()
+
+    def end(self, fault: Fault) -> None:
+        """End it from outside, with a fault."""
+        if not self.done.is_set():
+            self._fail(fault)
 
     def _fail(self, fault: Fault, error: HeadraceError | None = None, why: str | None = None) -> None:
         self.fault = fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from ..workers.wire import Report
 
 if TYPE_CHECKING:
     from .exchange import Exchange
+    from .logs import JsonHandler
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -62,6 +64,10 @@ class Metrics:
         self.request_generated = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
         self._watchers: list[Watcher] = []
 
+    def watch_log(self, handler: JsonHandler) -> None:
+        dropped = Gauge("headrace_log_lines_dropped", "Lines that could not be logged.", registry=self.registry)
+        dropped.set_function(lambda: handler.dropped)
+
     def collector(self, model: str) -> Collector:
         return Collector(self, model)
 
@@ -96,6 +102,7 @@ class Collector:
             m.step_seconds.labels(model), m.step_rows.labels(model), m.itl.labels(model),
         )  # fmt: skip
         self.refused = m.refused.labels(model)
+        self._ends: deque[float] = deque(maxlen=64)  # when requests ended of late
 
     # The engine
 
@@ -119,6 +126,10 @@ class Collector:
 
     # Exchanges
 
+    def pace(self) -> float:
+        """Requests that ended, a second, of late; 0 where nothing is known."""
+        return len(self._ends) / max(0.1, time.monotonic() - self._ends[0]) if len(self._ends) > 4 else 0.0
+
     def admitted(self, exchange: Exchange) -> None:
         self.metrics.prompt_tokens.labels(self.model).inc(sum(map(len, exchange.job.prompts)))
         self.metrics.feed("admitted", exchange)
@@ -132,6 +143,7 @@ class Collector:
 
     def finished(self, exchange: Exchange) -> None:
         m, model = self.metrics, self.model
+        self._ends.append(time.monotonic())
         samples = [sample for output in exchange.outputs for sample in output.samples]
         reason = exchange.fault.code if exchange.fault else samples[0].finish_reason if samples else None
         m.success.labels(model, reason or "none").inc()

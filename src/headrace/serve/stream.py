@@ -13,6 +13,12 @@ from .faults import Fault
 MAX_PENDING = 1 << 20  # bytes of a stream that wait for the client
 FIRST_SECONDS = 5.0  # so long a stream may wait for its first token before it says 200
 
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -20,15 +26,14 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 class EventStream:
     """Sends what an Exchange emits. Ends the exchange when the client leaves, or does not read."""
 
-    def __init__(self, exchange: Exchange, headers: dict[str, str]) -> None:
-        self.exchange, self._headers = exchange, headers
+    def __init__(self, exchange: Exchange, abort: Callable[[], None]) -> None:
+        self.exchange, self._abort = exchange, abort
         self._pending: list[bytes] = []
         self._size = 0
         self._wake = asyncio.Event()
-        self.sending_since: float | None = None  # a send that has not returned
-        self.sent_at = time.monotonic()
+        self._sent_at = time.monotonic()
+        self._began = False
         self.gone: str | None = None  # why nothing more is sent
-        self._task: asyncio.Task[Any] | None = None
         exchange.emit = self.push
 
     def push(self, data: bytes) -> None:
@@ -45,14 +50,17 @@ class EventStream:
             self._pending.clear()
             self._size = 0
             self.exchange.stop()
+            self._abort()
             self._wake.set()
-            if self._task is not None and self.sending_since is not None:
-                self._task.cancel()
+
+    def look(self, now: float, comment_after: float) -> None:
+        """Called about once a second: a comment keeps the connection known to be alive."""
+        if self._began and not self._pending and now - self._sent_at > comment_after:
+            self.push(b": keep-alive\n\n")
 
     async def send(self, receive: Receive, send: Send) -> Fault | None:
         """The whole life of the stream. A Fault is returned where nothing was sent yet."""
         exchange, done = self.exchange, self.exchange.done
-        self._task = asyncio.current_task()
         watcher = asyncio.create_task(self._watch(receive))
         ender = asyncio.create_task(done.wait())
         ender.add_done_callback(lambda _: self._wake.set())
@@ -63,7 +71,7 @@ class EventStream:
                 pass
             if exchange.fault is not None and not self._pending:
                 return exchange.fault
-            await self._send(send, {"type": "http.response.start", "status": 200, "headers": self._raw_headers()})
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
             while self.gone is None:
                 self._wake.clear()
                 last = done.is_set()
@@ -85,20 +93,11 @@ class EventStream:
             exchange.stop()
 
     async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        self.sending_since = time.monotonic()
+        self._began = True
         await send(message)
-        self.sending_since, self.sent_at = None, time.monotonic()
+        self._sent_at = time.monotonic()
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.give_up("the client has left")
-
-    def _raw_headers(self) -> list[tuple[bytes, bytes]]:
-        headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-            **self._headers,
-        }
-        return [(name.encode(), value.encode()) for name, value in headers.items()]
