@@ -10,8 +10,9 @@ namespace {
 constexpr int kRowBlock = 256;
 // Rows whose results stay in a thread's own memory until the next op reads them.
 constexpr int kTileRows = 64;
-constexpr int kHeadTiles = 16;   // tiles of the head in a piece
-constexpr int kGatedTiles = 8;   // tiles of gate (and of up) in a piece, at most
+constexpr int kLinearTiles = 64;  // tiles in a piece, at most
+constexpr int kHeadTiles = 16;
+constexpr int kGatedTiles = 8;  // of gate, and of up
 constexpr int kPiecesAThread = 6;  // so that a thread that lost its core for a while holds up little
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -22,19 +23,45 @@ int tiles_a_piece(int tiles, int threads, int most) {
     return std::max(2, std::min(most, wanted));
 }
 
+// Of so many tiles, how many each thread of a team begins with, and how many make a piece of the rest. Both are even.
+struct Cut {
+    int own, piece;
+
+    Cut(int tiles, int threads)
+        : own(threads == 1 ? tiles : tiles * 3 / 4 / threads / 2 * 2), piece(std::max(2, (tiles - own * threads) / (threads * 3) / 2 * 2)) {}
+};
+
+// Calls f(block, first, past) for the tiles of every block of rows, at most `most` tiles at once. A thread begins with a stretch of its own:
+// claims cost, and memory likes long reads. The team claims the rest, so that a thread that lost its core for a while holds up little.
+template <class F>
+void each_stretch(int blocks, int tiles, int most, Worker& worker, F f) {
+    const int all = blocks * tiles;
+    const Cut cut(all, worker.count());
+    auto stretch = [&](int from, int past) {
+        for (int count; from < past; from += count) {
+            const int first = from % tiles;
+            count = std::min({tiles - first, most, past - from});
+            f(from / tiles, first, first + count);
+        }
+    };
+    const int own = (worker.index - worker.first_of_team()) * cut.own, rest = worker.count() * cut.own;
+    stretch(own, own + cut.own);
+    for (int i; rest + (i = worker.claim()) * cut.piece < all;) stretch(rest + i * cut.piece, std::min(all, rest + (i + 1) * cut.piece));
+}
+
 // Calls f for every row of `rows`, in pieces that the threads claim.
 template <class F>
-void each_row(int rows, Worker& worker, F f) {
-    const int piece = std::max(1, rows / (worker.count() * kPiecesAThread));
-    for (int i; (i = worker.claim()) * piece < rows;)
-        for (int row = i * piece; row < std::min(rows, (i + 1) * piece); ++row) f(row);
+void each_row(Range rows, Worker& worker, F f) {
+    const int piece = std::max(1, rows.count() / (worker.count() * kPiecesAThread));
+    for (int i; (i = worker.claim()) * piece < rows.count();)
+        for (int row = rows.first + i * piece; row < std::min(rows.past, rows.first + (i + 1) * piece); ++row) f(row);
 }
 
 }  // namespace
 
 void Embed::run(Program& program, Step& step, Worker& worker) const {
     const Slot& to = program.slot(out);
-    each_row(step.rows(), worker, [&](int row) {
+    each_row(worker.rows, worker, [&](int row) {
         if (by_position) return unpack_row(table->matrix, step.positions[size_t(row)] + offset, to.row(row));
         const int32_t token = step.tokens[size_t(row)];
         unpack_row(table->matrix, token >= 0 ? token : program.last_tokens[size_t(-1 - token)], to.row(row));
@@ -54,13 +81,14 @@ void Transform::apply(const RowKernels& kernels, const float* x, int n, float* y
 // ---- products
 
 std::vector<Activation> ProductInput::prepare(Program& program, const Step& step, Worker& worker) const {
-    const int count = rows(program, step);
-    const bool own = count <= kPrivateRows;
+    const Range team = rows(program, worker);
+    const bool own = team.count() <= kPrivateRows;
     std::vector<Activation> out;
-    uint8_t* memory = own ? program.scratch(worker).activations : program.activations();
+    uint8_t* memory = own ? program.scratch(worker).activations : program.activations(team.first);
     for (Recipe recipe : recipes) {
-        out.push_back(activation(recipe, count, cols, memory));
-        memory += aligned(activation_bytes(recipe, own ? kPrivateRows : program.limits.rows, cols));
+        out.push_back(activation(recipe, team.count(), cols, memory));
+        memory += aligned(activation_bytes(recipe, team.count(), cols));
+        out.back().data -= team.first * out.back().row_bytes;  // found by the step's row
     }
     const Slot& from = program.slot(x);
     auto prepare_row = [&](int row) {
@@ -73,45 +101,51 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
         for (const Activation& activation : out) program.matrix.quantise_row(activation, row, values);
     };
     if (own) {
-        for (int row = 0; row < count; ++row) prepare_row(row);
+        for (int row = team.first; row < team.past; ++row) prepare_row(row);
     } else {
-        each_row(count, worker, prepare_row);
+        each_row(team, worker, prepare_row);
         worker.barrier();
     }
     return out;
 }
 
 void Linear::run(Program& program, Step& step, Worker& worker) const {
-    const int rows = input.rows(program, step);
+    const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
-    int tiles = 0;
-    for (const Weighted& part : parts) tiles += int(part.weight->matrix.tiles());
-    const int piece = tiles_a_piece(tiles, worker.count(), 64);
-    // Pieces of one part after the other, then the next block of rows.
-    int pieces = 0;
-    for (const Weighted& part : parts) pieces += ceil_div(int(part.weight->matrix.tiles()), piece);
-    for (int i; (i = worker.claim()) < pieces * ceil_div(rows, kRowBlock);) {
-        const int row = i / pieces * kRowBlock;
-        int tile = i % pieces;
-        const Weighted* part = parts.data();
-        for (int of_part; tile >= (of_part = ceil_div(int(part->weight->matrix.tiles()), piece)); ++part) tile -= of_part;
-        const Slot& out = program.slot(part->out);
-        const Product product{&part->weight->matrix, &activations[size_t(part->recipe)], out.data, out.width, part->bias, part->accumulate};
-        program.matrix.multiply(product, row, std::min(rows, row + kRowBlock), tile * piece, std::min<int64_t>(part->weight->matrix.tiles(), (tile + 1) * piece));
-    }
+    each_stretch(ceil_div(rows.count(), kRowBlock), tiles(), kLinearTiles, worker, [&](int block, int first, int past) {
+        const int row = rows.first + block * kRowBlock;
+        for (const Weighted& part : parts) {  // their tiles follow each other
+            const int count = int(part.weight->matrix.tiles());
+            const Slot& out = program.slot(part.out);
+            const Product product{&part.weight->matrix, &activations[size_t(part.recipe)], out.data, out.width, part.bias, part.accumulate};
+            if (first < count && past > 0) program.matrix.multiply(product, row, std::min(rows.past, row + kRowBlock), std::max(first, 0), std::min(past, count));
+            first -= count, past -= count;
+        }
+    });
+}
+
+int Linear::tiles() const {
+    int count = 0;
+    for (const Weighted& part : parts) count += int(part.weight->matrix.tiles());
+    return count;
+}
+
+double Linear::row_cost() const {
+    double cost = 0;
+    for (const Weighted& part : parts) cost += part.row_cost();
+    return cost;
 }
 
 size_t Gated::tile_floats() { return 2 * size_t(kTileRows) * kGatedTiles * tile_rows; }
 
 void Gated::run(Program& program, Step& step, Worker& worker) const {
-    const int rows = input.rows(program, step);
+    const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& to = program.slot(out);
-    const int tiles = int(gate.weight->matrix.tiles()), piece = tiles_a_piece(tiles, worker.count(), kGatedTiles), pieces = ceil_div(tiles, piece);
-    const int64_t ld = piece * tile_rows;
+    const int64_t ld = kGatedTiles * tile_rows;
     float *gates = program.scratch(worker).tile, *ups = gates + kTileRows * ld;
-    for (int i; (i = worker.claim()) < pieces * ceil_div(rows, kTileRows);) {
-        const int row = i / pieces * kTileRows, past_row = std::min(rows, row + kTileRows), first = i % pieces * piece, past = std::min(tiles, first + piece);
+    each_stretch(ceil_div(rows.count(), kTileRows), int(gate.weight->matrix.tiles()), kGatedTiles, worker, [&](int block, int first, int past) {
+        const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
         const int column = first * int(tile_rows), columns = std::min(to.width, past * int(tile_rows)) - column;
         auto multiply = [&](const Weighted& weighted, float* y) {
             const Product product{&weighted.weight->matrix, &activations[size_t(weighted.recipe)], y - row * ld - column, ld, weighted.bias, false};
@@ -121,23 +155,22 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
         multiply(up, ups);
         for (int r = row; r < past_row; ++r)
             program.rows_of.glu(activation, gates + (r - row) * ld, ups + (r - row) * ld, columns, to.row(r) + column);
-    }
+    });
 }
 
 size_t Head::tile_floats() { return size_t(kTileRows) * kHeadTiles * tile_rows; }
 
 void Head::run(Program& program, Step& step, Worker& worker) const {
-    const int rows = input.rows(program, step);
-    if (rows == 0) return;
+    const Range rows = input.rows(program, worker);
+    if (rows.count() == 0) return;
     Scratch& scratch = program.scratch(worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& all = program.slot(logits);
     const bool keep = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.logits || spec.temperature > 0; });
-    const int tiles = int(weight.weight->matrix.tiles()), pieces = ceil_div(tiles, kHeadTiles);
     const int64_t ld = keep ? all.width : kHeadTiles * tile_rows;
-    std::fill(scratch.best.begin(), scratch.best.begin() + rows, kNoBest);
-    for (int i; (i = worker.claim()) < pieces * ceil_div(rows, kTileRows);) {
-        const int row = i / pieces * kTileRows, past_row = std::min(rows, row + kTileRows), first = i % pieces * kHeadTiles, past = std::min(tiles, first + kHeadTiles);
+    std::fill(scratch.best.begin() + rows.first, scratch.best.begin() + rows.past, kNoBest);
+    each_stretch(ceil_div(rows.count(), kTileRows), int(weight.weight->matrix.tiles()), kHeadTiles, worker, [&](int block, int first, int past) {
+        const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
         const int column = first * int(tile_rows), columns = std::min(all.width, past * int(tile_rows)) - column;
         float* y = keep ? all.data : scratch.tile - row * ld - column;
         program.matrix.multiply({&weight.weight->matrix, &activations[0], y, ld, weight.bias, false}, row, past_row, first, past);
@@ -146,9 +179,9 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
             if (factor != 1 || cap > 0) program.rows_of.cap(values, factor, cap, columns, values);
             program.rows_of.best(values, columns, column, scratch.best[size_t(r)]);
         }
-    }
+    });
     worker.barrier();
-    for (int row; (row = worker.claim()) < rows;) choose(program, step, worker, row);
+    for (int row; (row = rows.first + worker.claim()) < rows.past;) choose(program, step, worker, row);
 }
 
 void Head::choose(Program& program, Step& step, Worker& worker, int row) const {
@@ -156,7 +189,7 @@ void Head::choose(Program& program, Step& step, Worker& worker, int row) const {
     const Slot& all = program.slot(logits);
     Best best = kNoBest;
     for (int thread = 0; thread < worker.count(); ++thread) {
-        const Best& other = program.scratch_of(thread).best[size_t(row)];
+        const Best& other = program.scratch_of(worker.first_of_team() + thread).best[size_t(row)];
         if (other.value > best.value || (other.value == best.value && uint32_t(other.id) < uint32_t(best.id))) best.value = other.value, best.id = other.id;
         best.finite += other.finite;
     }
@@ -176,20 +209,20 @@ void Head::choose(Program& program, Step& step, Worker& worker, int row) const {
 
 // ---- rows
 
-void Apply::run(Program& program, Step& step, Worker& worker) const {
+void Apply::run(Program& program, Step&, Worker& worker) const {
     const Slot &from = program.slot(x), &to = program.slot(out);
-    each_row(program.rows(step, x), worker, [&](int row) {
+    each_row(program.range(worker, x), worker, [&](int row) {
         float* result = residual < 0 ? to.row(row) : program.scratch(worker).row;
         for (int i = 0; i < from.width; i += width) transform.apply(program.rows_of, from.row(row) + i, width, result + i);
         if (residual >= 0) program.rows_of.add(program.slot(residual).row(row), result, 1, to.width, to.row(row));
     });
 }
 
-void Rope::run(Program& program, Step& step, Worker& worker) const {
+void Rope::run(Program& program, Step&, Worker& worker) const {
     const Slot &from = program.slot(x), &to = program.slot(out);
     const AngleTable& table = program.angles(angles);
     const int head_dim = from.width / heads;
-    each_row(step.rows(), worker, [&](int row) {
+    each_row(worker.rows, worker, [&](int row) {
         for (int i = 0; i < from.width; i += head_dim) program.rows_of.rope(from.row(row) + i, table.row(row), table.half(), head_dim, to.row(row) + i);
     });
 }
@@ -197,7 +230,7 @@ void Rope::run(Program& program, Step& step, Worker& worker) const {
 void KvWrite::run(Program& program, Step& step, Worker& worker) const {
     const KvLayout& layout = pool->layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
-    each_row(step.rows(), worker, [&](int row) {
+    each_row(worker.rows, worker, [&](int row) {
         const int64_t slot = step.groups[size_t(group)].slots[size_t(row)];
         for (int head = 0; head < layout.kv_heads; ++head)
             kernels.store(layout, kv_tile(layout, pool->layer(layer), slot, head), int(slot % layout.page_size) % kTile,
@@ -205,19 +238,19 @@ void KvWrite::run(Program& program, Step& step, Worker& worker) const {
     });
 }
 
-void Glu::run(Program& program, Step& step, Worker& worker) const {
+void Glu::run(Program& program, Step&, Worker& worker) const {
     const Slot &a = program.slot(gate), &b = program.slot(up), &to = program.slot(out);
-    each_row(program.rows(step, gate), worker, [&](int row) { program.rows_of.glu(activation, a.row(row), b.row(row), to.width, to.row(row)); });
+    each_row(program.range(worker, gate), worker, [&](int row) { program.rows_of.glu(activation, a.row(row), b.row(row), to.width, to.row(row)); });
 }
 
-void Add::run(Program& program, Step& step, Worker& worker) const {
+void Add::run(Program& program, Step&, Worker& worker) const {
     const Slot &a = program.slot(x), &b = program.slot(y), &to = program.slot(out);
-    each_row(program.rows(step, x), worker, [&](int row) { program.rows_of.add(a.row(row), b.row(row), factor, to.width, to.row(row)); });
+    each_row(program.range(worker, x), worker, [&](int row) { program.rows_of.add(a.row(row), b.row(row), factor, to.width, to.row(row)); });
 }
 
 void TakeRows::run(Program& program, Step& step, Worker& worker) const {
     const Slot &from = program.slot(x), &to = program.slot(out);
-    each_row(step.logits(), worker, [&](int row) { std::memcpy(to.row(row), from.row(step.logit_rows[size_t(row)]), size_t(to.width) * 4); });
+    each_row(worker.logits, worker, [&](int row) { std::memcpy(to.row(row), from.row(step.logit_rows[size_t(row)]), size_t(to.width) * 4); });
 }
 
 // ---- attention
@@ -243,7 +276,7 @@ struct Queries {
 };
 
 // Runs a unit's blocks; the last thread to end a block of queries that were split over blocks merges them.
-void run_unit(Program& program, Worker& worker, const AttentionPlan& plan, const AttentionPlan::Unit& unit, const AttentionCall& call, const Queries& queries,
+void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan, const AttentionPlan::Unit& unit, const AttentionCall& call, const Queries& queries,
               const Ahead& ahead) {
     const KvLayout& layout = *call.layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
@@ -271,10 +304,10 @@ void run_unit(Program& program, Worker& worker, const AttentionPlan& plan, const
 }  // namespace
 
 void Attention::run(Program& program, Step& step, Worker& worker) const {
-    const AttentionPlan& units = program.attention_plan(plan);
+    const AttentionPlan::Part& units = program.attention_plan(plan, worker);
     if (!units.single && (k >= 0 || !of_q.nothing())) {
         const Slot& queries = program.slot(q);
-        each_row(step.rows(), worker, [&](int row) {
+        each_row(worker.rows, worker, [&](int row) {
             if (k >= 0)
                 for (int head = 0; head < pool->layout.kv_heads; ++head) write(program, step, worker, row, head);
             if (of_q.nothing()) return;
@@ -283,6 +316,7 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
         });
         worker.barrier();
     }
+    if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
     const int count = int(units.units.size()), piece = std::max(1, count / (worker.count() * 16));
     for (int i; (i = worker.claim()) * piece < count;)
         for (int unit = i * piece; unit < std::min(count, (i + 1) * piece); ++unit) attend(program, step, worker, units, unit, unit + 1 < std::min(count, (i + 1) * piece));
@@ -300,7 +334,7 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
     attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
 }
 
-void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, int index, bool another) const {
+void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, bool another) const {
     const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
     const Slot &vectors = program.slot(q), &to = program.slot(out);
@@ -338,11 +372,11 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
 void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
     const KvLayout& layout = keys->layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
-    const AttentionPlan& units = program.attention_plan(plan);
+    const AttentionPlan::Part& units = program.attention_plan(plan, worker);
     const Slot &vectors = program.slot(q), &key_rows = program.slot(k), &value_rows = program.slot(v), &to = program.slot(out);
     // Chunk c's keys begin at page first / 16 + c: every chunk before it has left less than a page unused.
     auto first_page = [&](int chunk) { return step.chunk_rows[size_t(chunk)] / kTile + chunk; };
-    each_row(step.rows(), worker, [&](int row) {
+    each_row(worker.rows, worker, [&](int row) {
         const int chunk = int(std::upper_bound(step.chunk_rows.begin(), step.chunk_rows.end(), row) - step.chunk_rows.begin()) - 1;
         const int at = row - step.chunk_rows[size_t(chunk)];
         const int64_t slot = int64_t(first_page(chunk)) * kTile + at;
@@ -448,7 +482,7 @@ void Experts::run(Program& program, Step& step, Worker& worker) const {
     const bool own = rows <= kPrivateRows;
     const Slot &from = program.slot(x), &of_router = program.slot(scores), &to = program.slot(out);
     auto each = [&](int number, auto f) {
-        if (!own) return each_row(number, worker, f);
+        if (!own) return each_row({0, number}, worker, f);
         for (int i = 0; i < number; ++i) f(i);
     };
     auto meet = [&] {
@@ -463,7 +497,7 @@ void Experts::run(Program& program, Step& step, Worker& worker) const {
     if (worker.index == 0)
         for (int e = 0; e < count(); ++e) step.expert_load[size_t(load_at + e)] = routing.first[size_t(e) + 1] - routing.first[size_t(e)];
 
-    uint8_t* const memory = own ? program.scratch(worker).activations : program.activations();
+    uint8_t* const memory = own ? program.scratch(worker).activations : program.activations(0);
     const int cols = from.width, width = int(gate.weights[0]->matrix.rows);
     const Activation of_gate = headrace::activation(gate.recipe, entries, cols, memory);
     const bool alike = gate.recipe == up.recipe;
@@ -486,7 +520,7 @@ void Experts::run(Program& program, Step& step, Worker& worker) const {
     meet();
     multiply_down(program, worker, routing, of_down);
     worker.barrier();
-    each_row(rows, worker, [&](int row) {
+    each_row({0, rows}, worker, [&](int row) {
         std::memset(to.row(row), 0, size_t(to.width) * 4);
         for (int i = row * chosen; i < (row + 1) * chosen; ++i)
             program.rows_of.add(to.row(row), program.slot(results).data + size_t(routing.entries[size_t(i)]) * size_t(to.width), shared.weights[size_t(i)], to.width, to.row(row));

@@ -13,6 +13,7 @@ struct Embed : Instruction {
     SlotId out;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program&) const override { return RowSpace::all; }
     bool starts_alone() const override { return true; }
 };
 
@@ -37,8 +38,9 @@ struct ProductInput {
     Transform before;
     std::vector<Recipe> recipes;
 
-    int rows(const Program& program, const Step& step) const { return gathered ? step.logits() : program.rows(step, x); }
-    // Prepares all rows; returns one activation a recipe. Ends with a barrier if the work was shared.
+    RowSpace space(const Program& program) const { return gathered ? RowSpace::logits : program.slot(x).space; }
+    Range rows(const Program& program, const Worker& worker) const { return gathered ? worker.logits : program.range(worker, x); }
+    // Prepares the team's rows; returns one activation a recipe. Ends with a barrier if the work was shared.
     std::vector<Activation> prepare(Program& program, const Step& step, Worker& worker) const;
 };
 
@@ -48,6 +50,8 @@ struct Weighted {
     int recipe = 0;  // index of ProductInput::recipes
     SlotId out = -1;
     bool accumulate = false;  // add to what `out` holds
+
+    double row_cost() const { return 2.0 * double(weight->matrix.rows) * double(weight->matrix.cols); }
 };
 
 // out = x W^T (+ bias) for several weights of one input.
@@ -56,6 +60,11 @@ struct Linear : Instruction {
     std::vector<Weighted> parts;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return input.space(program); }
+    double row_cost() const override;
+
+  private:
+    int tiles() const;
 };
 
 // out = activation(x G^T) * (x U^T)
@@ -67,6 +76,8 @@ struct Gated : Instruction {
 
     static size_t tile_floats();  // of Scratch::tile
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return input.space(program); }
+    double row_cost() const override { return gate.row_cost() + up.row_cost(); }
 };
 
 // Logits of the input's rows, and the tokens that they choose.
@@ -78,6 +89,7 @@ struct Head : Instruction {
 
     static size_t tile_floats();
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program&) const override { return RowSpace::logits; }
 
   private:
     void choose(Program& program, Step& step, Worker& worker, int row) const;
@@ -90,6 +102,7 @@ struct Apply : Instruction {
     int width;  // a row of x holds one or several vectors of this width, each transformed on its own
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
 };
 
 struct Rope : Instruction {
@@ -97,6 +110,7 @@ struct Rope : Instruction {
     int angles, heads;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
 };
 
 struct KvWrite : Instruction {
@@ -105,6 +119,7 @@ struct KvWrite : Instruction {
     SlotId k, v;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program&) const override { return RowSpace::all; }
 };
 
 // What is done to each head of q or k before attention: a norm, then rotation.
@@ -130,10 +145,12 @@ struct Attention : Instruction {
     const float* slopes = nullptr;  // [heads]
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program&) const override { return RowSpace::all; }
+    double key_cost() const override { return 4.0 * heads * pool->layout.head_dim; }
 
   private:
     // `another`: this thread goes on with the next unit.
-    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan& plan, int index, bool another) const;
+    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, bool another) const;
     void write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const;
 };
 
@@ -145,6 +162,8 @@ struct Bidirectional : Instruction {
     float scale;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
+    bool parts() const override { return false; }
 };
 
 // out = sum over a row's experts e, ascending, of weight_e * (glu(x G_e^T, x U_e^T) D_e^T). What nobody chose is not read.
@@ -163,6 +182,8 @@ struct Experts : Instruction {
     int count() const { return int(gate.weights.size()); }
     static size_t tile_floats() { return Gated::tile_floats(); }
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
+    bool parts() const override { return false; }
 
   private:
     void choose(const float* scores, int32_t* experts, float* weights) const;
@@ -176,6 +197,7 @@ struct Glu : Instruction {
     ActivationKind activation;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
 };
 
 // out = x + factor * y
@@ -184,12 +206,14 @@ struct Add : Instruction {
     float factor = 1;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
 };
 
 struct TakeRows : Instruction {
     SlotId x, out;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program& program) const override { return program.slot(out).space; }
 };
 
 }  // namespace headrace

@@ -26,9 +26,10 @@ constexpr auto kIdle = std::chrono::microseconds(200);
 
 }  // namespace
 
-int Worker::count() const { return pool_.threads(); }
+int Worker::count() const { return apart_ ? 1 : pool_.threads(); }
 
 int Worker::claim() {
+    if (apart_) return first_++;
     if (first_ >= 0) {
         int piece = first_;
         first_ = -1;
@@ -38,7 +39,14 @@ int Worker::claim() {
 }
 
 void Worker::barrier() {
-    first_ = index;
+    if (apart_)
+        first_ = 0;
+    else
+        meet();
+}
+
+void Worker::meet() {
+    first_ = apart_ ? 0 : index;
     const int count = pool_.threads();
     const uint32_t phase = pool_.phase_.load(std::memory_order_relaxed);
     if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
@@ -110,7 +118,7 @@ void Pool::work(int index) {
         if (stopping_.load(std::memory_order_relaxed) && ticket == published_.load(std::memory_order_acquire)) return;
         Job& job = jobs_[ticket % kQueue];
         job(worker);
-        worker.barrier();
+        worker.meet();
         if (index == 0) {
             job = nullptr;
             completed_.store(ticket, std::memory_order_release);

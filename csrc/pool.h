@@ -13,22 +13,40 @@ namespace headrace {
 
 class Pool;
 
-// A thread's part in a job. A job is a series of phases; in a phase the threads share out pieces, and a barrier ends it.
+struct Range {
+    int first = 0, past = 0;
+
+    int count() const { return past - first; }
+};
+
+// A thread's part in a job. A job is a series of phases; in a phase the threads share out pieces, and a barrier ends it. For a while the
+// threads may also work apart: each is then a team of its own, takes all pieces and waits for nobody.
 class Worker {
   public:
     Worker(Pool& pool, int index) : index(index), pool_(pool), first_(index) {}
 
     const int index;
-    int count() const;
+    Range rows, logits;  // what its team works on: rows of a step, and indices of its logit rows
 
-    // The next piece of this phase that nobody has taken, or a number >= pieces. Ends at the barrier.
+    bool apart() const { return apart_; }
+    // Every thread must do so at the same place, after a meeting.
+    void set_apart(bool apart) { apart_ = apart, first_ = apart ? 0 : index; }
+    // Threads in its team, and the first of them.
+    int count() const;
+    int first_of_team() const { return apart_ ? index : 0; }
+
+    // The next piece of this phase that nobody in the team has taken, or a number >= pieces. Ends at the barrier.
     int claim();
-    // Waits until every thread is here; what they wrote before it is seen after it.
+    // Waits until every thread of the team is here; what they wrote before it is seen after it.
     void barrier();
+    // The same for every thread of the pool.
+    void meet();
 
   private:
     Pool& pool_;
-    int first_;  // the first piece of a phase is the thread's own index, so that it costs no atomic; -1 once taken
+    // Together, the first piece of a phase is the thread's own index, so that it costs no atomic; -1 once taken. Apart, the next piece.
+    int first_;
+    bool apart_ = false;
 };
 
 class Pool {

@@ -65,9 +65,9 @@ double int8_peak(Isa isa, Pool& pool) {
     const Probes loops = probes(isa);
     std::atomic<int> operations{0};
     const double seconds = best_time(pool, [&](Worker&) {
-        int32_t out[16];
-        operations.store(loops.int8(kRounds, out), std::memory_order_relaxed);
-        volatile int32_t sink = out[0];
+        int32_t out;
+        operations.store(loops.int8(kRounds, &out), std::memory_order_relaxed);
+        volatile int32_t sink = out;
         (void)sink;
     });
     return double(operations) * kRounds * pool.threads() / seconds / 1e9;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -27,25 +28,27 @@ uint64_t probe_read(const uint8_t* data, size_t bytes) {
 #endif
 }
 
-// Runs `rounds` rounds of int8 products and returns the operations in a round.
+// Runs `rounds` rounds of int8 products and returns the operations in a round. The sums are kept apart by hand: a compiler that sees that
+// they are all equal computes one.
 int probe_int8(int rounds, int32_t* out) {
 #if defined(__AVX512VNNI__)
-    __m512i sums[16] = {}, x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
+    __m512i a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
     for (int i = 0; i < rounds; ++i) {
-        for (int j = 0; j < 16; ++j) sums[j] = _mm512_dpbusd_epi32(sums[j], x, y);
-        asm volatile("" : "+v"(x), "+v"(y));
+        for (__m512i* sum : {&a, &b, &c, &d, &e, &f, &g, &h}) *sum = _mm512_dpbusd_epi32(*sum, x, y);
+        asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h));
     }
-    for (int j = 0; j < 16; ++j) out[j] = _mm512_reduce_add_epi32(sums[j]);
-    return 16 * 64 * 2;
+    *out = _mm512_reduce_add_epi32(a + b + c + d + e + f + g + h);
+    return 8 * 64 * 2;
 #elif defined(__AVX2__)
-    __m256i sums[8] = {}, x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
+    __m256i a{}, b{}, c{}, d{}, x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < rounds; ++i) {
-        for (int j = 0; j < 8; ++j) sums[j] = _mm256_add_epi32(sums[j], _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
-        asm volatile("" : "+x"(x), "+x"(y));
-    }
-    for (int j = 0; j < 8; ++j) out[j] = _mm256_extract_epi32(sums[j], 0);
-    return 8 * 32 * 2;
+    for (int i = 0; i < rounds; ++i)
+        for (__m256i* sum : {&a, &b, &c, &d}) {
+            asm volatile("" : "+x"(x), "+x"(y));
+            *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones));
+        }
+    *out = _mm256_extract_epi32(a + b + c + d, 0);
+    return 4 * 32 * 2;
 #else
     int8_t x[64];
     for (int j = 0; j < 64; ++j) x[j] = int8_t(j);
@@ -54,7 +57,8 @@ int probe_int8(int rounds, int32_t* out) {
         for (int j = 0; j < 64; ++j) sums[j % 16] += int32_t(x[j]) * int32_t(int8_t(i));
         asm volatile("" : : "r"(x) : "memory");
     }
-    for (int j = 0; j < 16; ++j) out[j] = sums[j];
+    *out = sums[0];
+    for (int j = 1; j < 16; ++j) *out += sums[j];
     return 64 * 2;
 #endif
 }

@@ -21,25 +21,29 @@ void require(bool holds, const char* what, long long found, long long limit) {
 
 // ---- attention's units
 
-void AttentionPlan::build(const Step& step, int workers, int max_partials) {
+void AttentionPlan::build(const Step& step, const Worker& worker, int max_partials) {
+    auto& [units, joins, single] = parts[size_t(worker.first_of_team())];
     units.clear();
     joins.clear();
     const int queries_a_row = heads / kv_heads;
-    auto parts = [&](int chunk) {
-        return ((step.chunk_rows[size_t(chunk) + 1] - step.chunk_rows[size_t(chunk)]) * queries_a_row + kQueries - 1) / kQueries;
+    // The team's rows of a chunk, counted from the chunk's first.
+    auto rows_of = [&](int chunk) {
+        const int first = step.chunk_rows[size_t(chunk)];
+        return Range{std::max(worker.rows.first - first, 0), std::min(worker.rows.past, step.chunk_rows[size_t(chunk) + 1]) - first};
     };
+    auto cuts = [&](int chunk) { return (std::max(0, rows_of(chunk).count()) * queries_a_row + kQueries - 1) / kQueries; };
     int whole_units = 0;
     single = true;
     for (int c = 0; c < step.chunks(); ++c) {
-        whole_units += parts(c) * kv_heads;
-        single = single && step.chunk_rows[size_t(c) + 1] - step.chunk_rows[size_t(c)] == 1 && parts(c) == 1;
+        whole_units += cuts(c) * kv_heads;
+        if (cuts(c) > 0) single = single && step.chunk_rows[size_t(c) + 1] - step.chunk_rows[size_t(c)] == 1 && cuts(c) == 1;
     }
-    const bool split = whole_units < 4 * workers;
+    const bool split = !worker.apart() && whole_units < 4 * worker.count();
     int partials = 0;
     for (int c = 0; c < step.chunks(); ++c) {
-        const int first_row = step.chunk_rows[size_t(c)], queries = (step.chunk_rows[size_t(c) + 1] - first_row) * queries_a_row;
-        for (int part = parts(c) - 1; part >= 0; --part) {  // later rows see more keys: they go first
-            const int first = part * kQueries, count = std::min(kQueries, queries - first);
+        const int first_row = step.chunk_rows[size_t(c)], past_query = rows_of(c).past * queries_a_row;
+        for (int cut = cuts(c) - 1; cut >= 0; --cut) {  // later rows see more keys: they go first
+            const int first = rows_of(c).first * queries_a_row + cut * kQueries, count = std::min(kQueries, past_query - first);
             const int first_position = step.positions[size_t(first_row + first / queries_a_row)];
             const int last_position = whole ? step.chunk_rows[size_t(c) + 1] - first_row - 1 : step.positions[size_t(first_row + (first + count - 1) / queries_a_row)];
             const int first_block = window > 0 ? std::max(0, first_position - window + 1) / kSplit : 0, past_block = last_position / kSplit + 1;
@@ -82,7 +86,7 @@ const float* Program::keep(std::vector<float> values) {
 }
 
 int Program::plan(int group, int heads, int kv_heads, int window, bool whole) {
-    AttentionPlan plan{group, heads, kv_heads, window, whole, {}, {}, false};
+    AttentionPlan plan{group, heads, kv_heads, window, whole, std::vector<AttentionPlan::Part>(size_t(pool.threads()))};
     for (size_t i = 0; i < plans_.size(); ++i)
         if (plans_[i].same(plan)) return int(i);
     plans_.push_back(std::move(plan));
@@ -90,12 +94,12 @@ int Program::plan(int group, int heads, int kv_heads, int window, bool whole) {
 }
 
 void Program::need_activations(int times, const std::vector<Recipe>& recipes, int cols) {
-    size_t shared = 0, own = 0;
+    size_t row = 0, own = 0;
     for (Recipe recipe : recipes) {
-        shared += aligned(activation_bytes(recipe, int64_t(limits.rows) * times, cols));
+        row += aligned(activation_bytes(recipe, times, cols));
         own += aligned(activation_bytes(recipe, int64_t(kPrivateRows) * times, cols));
     }
-    activation_bytes_ = std::max(activation_bytes_, shared);
+    activation_bytes_ = std::max(activation_bytes_, row);
     private_bytes_ = std::max(private_bytes_, own);
 }
 
@@ -142,7 +146,7 @@ void Program::finish(SlotId hidden, SlotId output) {
     const size_t row_bytes = aligned(size_t(widest) * 4);
     const size_t of_a_thread = private_bytes_ + row_bytes + aligned(tile_floats_ * 4) + attention_bytes_ + 2 * partial_floats_ * 4 +
                                aligned(size_t(kQueries) * size_t(attention_dim_) * 4);
-    size_t bytes = aligned(activation_bytes_) + of_a_thread * size_t(pool.threads());
+    size_t bytes = activation_bytes_ * size_t(limits.rows) + of_a_thread * size_t(pool.threads());
     for (const Slot& slot : slots_) bytes += aligned(size_t(slot.width) * rows_in(slot.space) * 4);
     for (const AngleTable& table : angles_) bytes += aligned(table.inv_freq.size() * 2 * size_t(limits.rows) * 4);
     arena_ = std::make_unique<Memory>(bytes);
@@ -153,7 +157,7 @@ void Program::finish(SlotId hidden, SlotId output) {
         at += aligned(size);
         return begin;
     };
-    activations_ = take(activation_bytes_);
+    activations_ = take(activation_bytes_ * size_t(limits.rows));
     for (Slot& slot : slots_) slot.data = (float*)take(size_t(slot.width) * rows_in(slot.space) * 4);
     for (AngleTable& table : angles_) table.data = (float*)take(table.inv_freq.size() * 2 * size_t(limits.rows) * 4);
     scratch_.resize(size_t(pool.threads()));
@@ -216,16 +220,25 @@ void Program::check(const Step& step) const {
 
 void Program::submit(const std::shared_ptr<Program>& program, const std::shared_ptr<Step>& step) {
     program->check(*step);
+    program->share_out(*step);
     step->ticket = program->pool.submit([program, step](Worker& worker) { program->run(*step, worker); });
 }
 
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
+    const bool apart = !step.shares.empty(), logits_apart = apart && step.logits() >= kShareRows * pool.threads();
+    enter(step, worker, apart);
     begin(step, worker);
     const bool timed = worker.index == 0 && !step.seconds.empty();
     double last = step.started;
     for (size_t i = 0; i < instructions_.size(); ++i) {
-        if (i > 0 || !instructions_[i]->starts_alone()) worker.barrier();
+        const bool next_apart = instructions_[i]->space(*this) == RowSpace::all ? apart : logits_apart;
+        if (next_apart != worker.apart()) {
+            worker.meet();
+            enter(step, worker, next_apart);
+        } else if (i > 0 || !instructions_[i]->starts_alone()) {
+            worker.barrier();
+        }
         if (timed && i > 0) {
             const double time = now();
             step.seconds[i - 1] = time - last;
@@ -234,21 +247,54 @@ void Program::run(Step& step, Worker& worker) {
         instructions_[i]->run(*this, step, worker);
     }
     if (timed) step.seconds.back() = now() - last;
+    if (worker.apart()) {
+        worker.meet();
+        enter(step, worker, false);
+    }
     end(step, worker);
     if (worker.index == 0) step.ended = now();
 }
 
+void Program::enter(const Step& step, Worker& worker, bool apart) const {
+    worker.set_apart(apart);
+    worker.rows = {0, step.rows()}, worker.logits = {0, step.logits()};
+    if (!apart) return;
+    worker.rows = {step.shares[size_t(worker.index)], step.shares[size_t(worker.index) + 1]};
+    auto logit = [&](int row) { return int(std::lower_bound(step.logit_rows.begin(), step.logit_rows.end(), row) - step.logit_rows.begin()); };
+    worker.logits = {logit(worker.rows.first), logit(worker.rows.past)};
+}
+
+// Gives each thread rows of about the same cost, where there are enough.
+void Program::share_out(Step& step) const {
+    const int rows = step.rows(), threads = pool.threads();
+    if (threads == 1 || !parts_ || rows < kShareRows * threads || !std::is_sorted(step.logit_rows.begin(), step.logit_rows.end())) return;
+    double of_a_row = 1, of_a_key = 0, all = 0, sum = 0;
+    for (const auto& instruction : instructions_)
+        if (instruction->space(*this) == RowSpace::all) of_a_row += instruction->row_cost(), of_a_key += kAttentionCost * instruction->key_cost();
+    auto cost = [&](int row) { return of_a_row + of_a_key * (step.positions[size_t(row)] + 1); };
+    for (int row = 0; row < rows; ++row) all += cost(row);
+    step.shares = {0};
+    for (int row = 0; row < rows; ++row) {
+        if (int(step.shares.size()) < threads && sum + cost(row) / 2 >= all * double(step.shares.size()) / threads) step.shares.push_back(row);
+        sum += cost(row);
+    }
+    step.shares.resize(size_t(threads), rows);
+    step.shares.push_back(rows);
+    for (int i = 1; i < threads; ++i)
+        step.cuts_chunks = step.cuts_chunks || !std::binary_search(step.chunk_rows.begin(), step.chunk_rows.end(), step.shares[size_t(i)]);
+}
+
 // Whatever the instructions share: shared out without claim(), which the first instruction may use in the same phase.
 void Program::begin(Step& step, Worker& worker) {
-    const int rows = step.rows(), threads = worker.count();
+    const int threads = worker.count(), first = worker.rows.first + worker.index - worker.first_of_team(), rows = worker.rows.past;
     for (size_t i = 0; i < plans_.size(); ++i)
-        if (int(i) % threads == threads - 1 - worker.index % threads) plans_[i].build(step, threads, max_partials_);
-    for (int r = worker.index; r < rows; r += threads)
+        if (worker.apart() || int(i) % threads == threads - 1 - worker.index % threads) plans_[i].build(step, worker, max_partials_);
+    for (int r = first; r < rows; r += threads)
         for (const AngleTable& table : angles_)
             rows_of.rope_angles(step.positions[size_t(r)], table.inv_freq.data(), table.scale, table.half(), table.data + size_t(r) * table.inv_freq.size() * 2);
     if (hidden_ < 0) return;
     const Slot& hidden = slot(hidden_);
-    for (int r = worker.index; r < rows; r += threads)
+    for (int r = first; r < rows; r += threads)
         std::memcpy(hidden.row(r), step.hidden.data() + size_t(r) * size_t(hidden.width), size_t(hidden.width) * 4);
 }
 

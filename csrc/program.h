@@ -2,7 +2,7 @@
 //
 // Operands are slots: buffers of float32 [rows][width], bound when the program is finished. How many rows a step has is known only
 // when it runs. A step is one job of the pool: all threads walk through the instructions together, share out each one's work and
-// meet at a barrier after it.
+// meet at a barrier after it. Or, where there are many rows, each thread takes some of them through all instructions alone.
 #pragma once
 
 #include <algorithm>
@@ -49,6 +49,11 @@ inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
 constexpr int kPrivateRows = 2;
+// With so many rows for each thread, every thread takes its own through all layers: each then reads all weights, but what it computes stays
+// in its own caches, and it waits for nobody.
+constexpr int kShareRows = 16;
+// Time of an operation of attention, in operations of products.
+constexpr double kAttentionCost = 2;
 
 constexpr int32_t kNoToken = -1;    // this row chooses nothing
 constexpr int32_t kBroken = -2;     // its logits are not finite
@@ -70,7 +75,9 @@ struct Step {
     std::vector<int32_t> output_row;  // [logits]: which row of `output` is a row's, or -1
     std::vector<int32_t> chosen;      // [logits]
     std::vector<int32_t> expert_load; // of each layer of experts, rows that chose each of them
-    std::vector<double> seconds;      // of each instruction, its barrier included; empty: not measured
+    std::vector<double> seconds;      // of each instruction on the first thread, its barrier included; empty: not measured
+    std::vector<int> shares;          // [threads + 1]: where each thread's rows begin, if they work apart; empty: they work together
+    bool cuts_chunks = false;         // a chunk's rows lie in two shares
     double started = 0, ended = 0;    // seconds, steady clock
     uint32_t ticket = 0;
 
@@ -104,14 +111,17 @@ struct AttentionPlan {
     };
     int group, heads, kv_heads, window;  // group: index of Step::groups, -1 where the plan is whole
     bool whole;
-    std::vector<Unit> units;
-    std::vector<Join> joins;
-    bool single;  // one row a chunk, and one unit for its newest key: the unit may store that key itself
+    struct Part {  // a team's
+        std::vector<Unit> units;
+        std::vector<Join> joins;
+        bool single = false;  // one row a chunk, and one unit for its newest key: the unit may store that key itself
+    };
+    std::vector<Part> parts;  // of the team that each thread is the first of
 
     bool same(const AttentionPlan& other) const {
         return group == other.group && heads == other.heads && kv_heads == other.kv_heads && window == other.window && whole == other.whole;
     }
-    void build(const Step& step, int workers, int max_partials);
+    void build(const Step& step, const Worker& worker, int max_partials);
 };
 
 // cos and sin of the step's rows, for one rope table.
@@ -158,6 +168,13 @@ class Instruction {
     virtual void run(Program& program, Step& step, Worker& worker) const = 0;
     // True if it reads nothing that the start of a step prepares.
     virtual bool starts_alone() const { return false; }
+    // Which rows it works on.
+    virtual RowSpace space(const Program& program) const = 0;
+    // Operations for a row, and for each key that it sees: for shares of equal work.
+    virtual double row_cost() const { return 0; }
+    virtual double key_cost() const { return 0; }
+    // False if the threads must work on its rows together.
+    virtual bool parts() const { return true; }
 };
 
 class Program {
@@ -168,7 +185,7 @@ class Program {
     // ---- recording
     SlotId add_slot(int width, RowSpace space);
     int add_angles(std::vector<float> inv_freq, float scale);
-    void add(std::unique_ptr<Instruction> instruction) { instructions_.push_back(std::move(instruction)); }
+    void add(std::unique_ptr<Instruction> instruction) { parts_ = parts_ && instruction->parts(), instructions_.push_back(std::move(instruction)); }
     const float* keep(std::vector<float> values);  // a copy that lives as long as the program
     int plan(int group, int heads, int kv_heads, int window, bool whole = false);
     // Room to prepare so many times the rows of a step (or a thread's own rows) for products.
@@ -192,8 +209,9 @@ class Program {
     // ---- for instructions
     const Slot& slot(SlotId id) const { return slots_[size_t(id)]; }
     int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }
+    Range range(const Worker& worker, SlotId id) const { return slot(id).space == RowSpace::all ? worker.rows : worker.logits; }
     const AngleTable& angles(int id) const { return angles_[size_t(id)]; }
-    const AttentionPlan& attention_plan(int id) const { return plans_[size_t(id)]; }
+    const AttentionPlan::Part& attention_plan(int id, const Worker& worker) const { return plans_[size_t(id)].parts[size_t(worker.first_of_team())]; }
     Scratch& scratch(const Worker& worker) { return scratch_[size_t(worker.index)]; }
     const Scratch& scratch_of(int thread) const { return scratch_[size_t(thread)]; }
     const int32_t* own_pages() const { return own_pages_.data(); }  // 0, 1, 2, ...
@@ -201,7 +219,8 @@ class Program {
     int expert_counts() const { return expert_counts_; }
     float* partial(int index) { return (float*)partials_->data() + size_t(index) * partial_floats_; }
     std::atomic<int>& joined(int join) { return joined_[size_t(join)]; }
-    uint8_t* activations() const { return activations_; }
+    // Room for a team's prepared rows; `row` is its first.
+    uint8_t* activations(int row) const { return activations_ + activation_bytes_ * size_t(row); }
 
     Pool& pool;
     const Isa isa;
@@ -213,6 +232,8 @@ class Program {
 
   private:
     void check(const Step& step) const;
+    void share_out(Step& step) const;
+    void enter(const Step& step, Worker& worker, bool apart) const;
     void run(Step& step, Worker& worker);
     void begin(Step& step, Worker& worker);
     void end(Step& step, Worker& worker);
@@ -223,10 +244,11 @@ class Program {
     std::vector<int64_t> group_slots_;  // slots that each KV group's pool has; 0 where no instruction uses it
     std::vector<int> page_sizes_;
     std::vector<std::unique_ptr<Instruction>> instructions_;
+    bool parts_ = true;  // all instructions do
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     SlotId hidden_ = -1, output_ = -1;
 
-    size_t activation_bytes_ = 0, private_bytes_ = 0, tile_floats_ = 0, attention_bytes_ = 0;
+    size_t activation_bytes_ = 0 /* of a row */, private_bytes_ = 0, tile_floats_ = 0, attention_bytes_ = 0;
     int attention_dim_ = 0, max_partials_ = 0, expert_counts_ = 0, positions_ = INT32_MAX;
     std::vector<std::shared_ptr<KvPool>> own_keys_;
     std::vector<int32_t> own_pages_;
