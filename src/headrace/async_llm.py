@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import msgspec
 import numpy as np
@@ -88,7 +88,7 @@ class AsyncLLM:
         self._heard = 0.0
         self._restarts: list[float] = []
         self._maps: list[asyncio.Future[PageMap]] = []
-        self._waits: dict[Wait, int] = {"sequences": 0, "tokens": 0, "pages": 0}  # steps, by what the queue waited for
+        self._waits: dict[Wait, int] = dict.fromkeys(get_args(Wait), 0)  # steps, by what the queue waited for
 
     async def __aenter__(self) -> AsyncLLM:
         await self.start()
@@ -374,10 +374,11 @@ class AsyncLLM:
             self._waits[report.waits_for] += 1
         for opened in report.opened:
             running = self._live.get(opened.request_id)
-            if running is not None and running.waited_for is None:
+            if running is not None and not running.admitted:
+                running.admitted = True
                 steps = {reason: self._waits[reason] - before for reason, before in running.waits_before.items()}
                 worst = max(steps, key=lambda reason: steps[reason])
-                running.waited_for = worst if steps[worst] else "nothing"
+                running.waited_for = worst if steps[worst] else None
 
 
 class Running:
@@ -396,7 +397,8 @@ class Running:
         self.error: HeadraceError | None = None
         self.deaths = 0  # of engines, while it ran
         self.waits_before = waits_before
-        self.waited_for: Wait | Literal["nothing"] | None = None  # None: not admitted yet
+        self.admitted = False
+        self.waited_for: Wait | None = None  # what kept it in the queue for the most steps
         self._llm, self._listener = llm, listener
 
     def push(self, event: Event) -> None:

@@ -187,6 +187,11 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def waits_for_siblings(self) -> bool:
+        """Whether all who wait do so for the prompt of another sample of their request."""
+        return bool(self._waiting) and not self._ready()
+
     def check(self) -> None:
         """Prove the invariants, pages included. Raises AssertionError."""
         tables = [residence.tables for residence in self._residences.values()]

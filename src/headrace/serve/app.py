@@ -272,7 +272,7 @@ class Server:
     async def health(self, request: Request) -> Response:
         """200 while every model's engine makes progress; its state otherwise. Open to all, so it names no model."""
         states = [served.state for served in self.models.served.values()]
-        worst = next((s for s in ("dead", "closed", "stalled", "loading", "new") if s in states), "ok")
+        worst = next((s for s in ("dead", "closed", "stalled", "restarting", "loading", "new") if s in states), "ok")
         return _json({"status": worst}, 200 if worst == "ok" and states else 503)
 
     async def ready(self, request: Request) -> Response:

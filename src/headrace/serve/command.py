@@ -144,10 +144,10 @@ def serve(
     from .options import ServeOptions
     from .run import run
 
-    names = tuple([*([model] if model else []), *(models or [])])
+    names: list[str] = [*([model] if model else []), *(models or [])]
     run(
         ServeOptions(
-            models=names or ServeOptions().models,
+            models=tuple(names) or ServeOptions().models,
             host=host,
             port=port,
             api_key_file=api_key_file,

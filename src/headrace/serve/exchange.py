@@ -170,7 +170,7 @@ class Exchange:
     def timings(self) -> dict[str, Any]:
         """Milliseconds, and why: of several sequences the longest times, and the sums of the rest."""
         every = [sample.timings for output in self.outputs for sample in output.samples]
-        waits = [running.waited_for for running in self.running if running.waited_for not in (None, "nothing")]
+        waits = [running.waited_for for running in self.running if running.waited_for is not None]
         return {
             "queue_ms": round(1000 * max(one.queue for one in every), 3),
             "prefill_ms": round(1000 * max(one.prefill for one in every), 3),

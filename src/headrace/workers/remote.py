@@ -29,7 +29,7 @@ class RemoteEngine(asyncio.Protocol):
     async def start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            module = f"{__package__.rpartition('.')[0]}.engine_process"
+            module = __name__.removesuffix("workers.remote") + "engine_process"
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",

@@ -18,7 +18,7 @@ MAX_FRAME = 1 << 30
 HEADER = struct.Struct("<I")
 _DTYPES = ("float32", "int32", "int64")
 
-Wait = Literal["sequences", "tokens", "pages"]
+Wait = Literal["sequences", "tokens", "pages", "sibling"]
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
