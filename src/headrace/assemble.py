@@ -20,6 +20,7 @@ from .memory.kv import kv_format
 from .model.decoder import Decoder
 from .model.spec import ModelSpec, read_spec
 from .model.weights import load_weights
+from .quant.read import read_quantised
 from .schedule.pages import Pages, Path
 from .schedule.scheduler import Scheduler
 from .text.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ def open_model(name: str) -> Model:
     """Find a model (pulling it where needed), map its file and read its spec. Raises the errors of `formats` and
     `model.spec`."""
     path = resolve(name)
-    file = open_checkpoint(path) if path.is_dir() else open_gguf(path)
+    file = read_quantised(open_checkpoint(path)) if path.is_dir() else open_gguf(path)
     return Model(name, path, file, read_spec(file))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
-from .tensor import BF16, F16, F32, Tensor, make_tensor, map_file
+from .tensor import STORED_TYPES, Tensor, make_tensor, map_file
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
@@ -29,7 +29,7 @@ PICKLE_REFUSAL = (
     "transformers and call save_pretrained(folder, safe_serialization=True)"
 )
 
-_DTYPES = {"F32": F32, "F16": F16, "BF16": BF16}
+_DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I8", "U8", "BOOL", "I16", "I32", "I64", "F64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
     """Map the tensors of a .safetensors file, or of a folder with one file or with shards and their index.
 
     Raises ModelNotFoundError where there is nothing, ModelFileError where a file is malformed, UnsupportedModelError
-    for pickles and for tensors that are not F32, F16 or BF16.
+    for pickles and for tensors of a type that is not known.
     """
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
@@ -70,11 +70,12 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An open Hugging Face folder: config.json and the tensors."""
+    """An open Hugging Face folder: config.json and the tensors. `quantised` says how quantised weights were read."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    quantised: str | None = None
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -184,7 +185,7 @@ def _tensor(path: Path, file: np.ndarray, name: str, entry: dict[str, Any], star
         )
     if not _are_counts(shape) or len(shape) > MAX_DIMS:
         raise ModelFileError(path, f"tensor {name}: shape", f"must be at most {MAX_DIMS} sizes, got {shape!r:.80}")
-    return make_tensor(path, file, name, tuple(shape), _DTYPES[dtype], start)
+    return make_tensor(path, file, name, tuple(shape), STORED_TYPES[dtype], start)
 
 
 def _open_shards(folder: Path) -> SafetensorsFile:

@@ -213,8 +213,9 @@ class NativeOps:
         """Queue the packing of a file's tensor; see `finish_packing`."""
         rows, cols = tensor.shape
         order = None if row_order is None else np.ascontiguousarray(row_order, np.int32)
-        weight = _native.pack(self._pool, tensor.type.name, rows, cols, tensor.data, order)
-        self._sources.append(tensor.data)
+        data = tensor.data  # asked for once: it may be made anew each time
+        weight = _native.pack(self._pool, tensor.type.name, rows, cols, data, order)
+        self._sources.append(data)
         return weight
 
     def finish_packing(self) -> None:
