@@ -317,7 +317,7 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
         worker.barrier();
     }
     if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
-    const int count = int(units.units.size()), piece = std::max(1, count / (worker.count() * 16));
+    const int count = int(units.units.size()), piece = worker.apart() ? count : std::max(1, count / (worker.count() * 16));
     for (int i; (i = worker.claim()) * piece < count;)
         for (int unit = i * piece; unit < std::min(count, (i + 1) * piece); ++unit) attend(program, step, worker, units, unit, unit + 1 < std::min(count, (i + 1) * piece));
 }

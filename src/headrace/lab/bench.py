@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..assemble import open_model
+from ..assemble import Model, open_model, resolve_settings, thread_count
 from ..completion import Output
 from ..config import Settings
 from ..errors import CapacityError, ConfigError, RequestError
+from ..kernels import choose_ops
 from ..llm import LLM
 from ..model.spec import ModelSpec
 from ..results import machine_facts, summarize_tests, write_results
@@ -169,6 +170,7 @@ def measure(
     runs: list[Run] = []
     peer_runs: list[PeerRun] = []
     started = time.perf_counter()
+    settings["kv_memory"] = _kv_memory(opened, tests, Settings(**settings))
     with LLM(model, **settings, max_sequences=most) as llm:
         load_s = time.perf_counter() - started
         resident = _resident_bytes()
@@ -187,6 +189,15 @@ def measure(
         config = machine_facts() | msgspec.to_builtins(llm.config)
     measured = {"load_s": load_s, "resident_bytes": resident, "peak_resident_bytes": _peak_resident_bytes()}
     return Report(config | measured | {"bytes_per_step": weights, "reps": reps}, runs, peer_runs)
+
+
+def _kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
+    """Bytes for the largest test and half as much again: little enough that after warming up all pages are in use, as in a
+    server that has run for a while. Memory that is touched for the first time costs more than the tokens stored in it."""
+    ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
+    per_token = resolve_settings(model, settings, ops).kv_bytes_per_token
+    pages = max(test.batch * -(-test.context // settings.page_size) for test in tests)
+    return (pages * 3 // 2 + 2) * settings.page_size * per_token
 
 
 def _resident_bytes() -> int:
