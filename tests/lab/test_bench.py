@@ -101,7 +101,7 @@ def test_measure_end_to_end(smollm2, tmp_path, capsys):
     results = read_results(tmp_path / "bench.json")
     assert [run["test"] for run in results["runs"]] == ["pp8", "pp8", "tg32", "tg32"]
     assert set(results["summary"]) == {"pp8", "tg32"}
-    for name, tokens in (("pp8", 8), ("tg32", 2)):
+    for name, tokens in (("pp8", 8), ("tg32", 32)):
         own = [run for run in results["runs"] if run["test"] == name]
         summary = results["summary"][name]
         for run in own:

@@ -192,8 +192,8 @@ def measure(
 
 
 def _kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
-    """Bytes for the largest test and half as much again: little enough that after warming up all pages are in use, as in a
-    server that has run for a while. Memory that is touched for the first time costs more than the tokens stored in it."""
+    """Bytes for the largest test and half as much again: little enough that after warming up all pages are in use, as
+    in a server that has run for a while. Memory touched for the first time costs more than what is stored in it."""
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     per_token = resolve_settings(model, settings, ops).kv_bytes_per_token
     pages = max(test.batch * -(-test.context // settings.page_size) for test in tests)
