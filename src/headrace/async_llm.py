@@ -44,10 +44,10 @@ from .workers.wire import (
 State = Literal["new", "loading", "ready", "restarting", "dead", "closed"]
 
 LOOK_SECONDS = 0.1  # between looks at the engine's process
-STOPPED_SECONDS = 0.3  # a stopped process is given this long to be continued
+STOPPED_SECONDS = 0.3  # a stopped process with work is given this long to be continued, one without work ten times that
 IDLE_SECONDS = 3.0  # a process with work that says nothing and uses no CPU
 SILENT_SECONDS = 120.0  # a process with work that says nothing, however busy
-MAX_DEATHS = 3  # engines that may die under a request before it is refused
+MAX_DEATHS = 4  # engines that may die under a request that makes no progress in between, before it is refused
 RESTART_WINDOW = 60.0  # seconds in which `max_restarts` are counted
 PAUSES = (0.0, 0.2, 1.0, 3.0)  # seconds before each attempt to start again
 
@@ -73,7 +73,7 @@ class AsyncLLM:
 
     config: Resolved
 
-    def __init__(self, model: str = DEFAULT_MODEL, *, max_restarts: int = 10, **settings: Any) -> None:
+    def __init__(self, model: str = DEFAULT_MODEL, *, max_restarts: int = 100, **settings: Any) -> None:
         self.name, self._settings, self._max_restarts = str(model), Settings(**settings), max_restarts
         self.state: State = "new"
         self.observer: Observer | None = None
@@ -132,6 +132,8 @@ class AsyncLLM:
             await asyncio.wait([self._keeper])
             self._keeper = None
         if self._engine is not None:
+            if self.frontend is None:
+                self._engine.kill()  # it is loading, and would not hear
             await self._engine.close()
             self._engine = None
         self._refuse_all(self._death)
@@ -303,7 +305,7 @@ class AsyncLLM:
             stopped = stopped + LOOK_SECONDS if halted else 0.0
             if marks != (used, self._heard):
                 marks, moved = (used, self._heard), now
-            if self._live and stopped >= STOPPED_SECONDS:
+            if stopped >= STOPPED_SECONDS * (1 if self._live else 10):
                 return EngineDeadError("the engine's process was stopped")
             if now - moved > IDLE_SECONDS:
                 return EngineDeadError(f"the engine's process has work and did nothing for {now - moved:.1f} s")
@@ -320,8 +322,11 @@ class AsyncLLM:
             )
         for running in list(self._live.values()):
             running.deaths += 1
-            if running.deaths >= MAX_DEATHS:
-                running.refuse(EngineDeadError(f"the engine died {running.deaths} times while this request ran"))
+            running.futile += 1
+            if running.futile >= MAX_DEATHS:
+                running.refuse(
+                    EngineDeadError(f"the engine died {running.futile} times at the same place of a request")
+                )
         for answer in self._maps:
             answer.cancel()
         self._maps.clear()
@@ -377,8 +382,8 @@ class AsyncLLM:
             if running is not None and not running.admitted:
                 running.admitted = True
                 steps = {reason: self._waits[reason] - before for reason, before in running.waits_before.items()}
-                worst = max(steps, key=lambda reason: steps[reason])
-                running.waited_for = worst if steps[worst] else None
+                count, worst = max((count, reason) for reason, count in steps.items())
+                running.waited_for = worst if count else None
 
 
 class Running:
@@ -395,16 +400,17 @@ class Running:
         self.id, self.requests = requests[0].id, requests
         self.completion = Completion(prompt_ids, requests[0].params, llm.tokenizer, self._stop)
         self.error: HeadraceError | None = None
-        self.deaths = 0  # of engines, while it ran
+        self.deaths = self.futile = 0  # engines that died while it ran; those since its last token
         self.waits_before = waits_before
         self.admitted = False
-        self.waited_for: Wait | None = None  # what kept it in the queue for the most steps
+        self.waited_for: str | None = None  # what kept it in the queue for the most steps
         self._llm, self._listener = llm, listener
 
     def push(self, event: Event) -> None:
         """Take in what the engine says. What goes wrong here concerns this request alone."""
         try:
             delta = self.completion.push(event)
+            self.futile = 0
             if delta is not None:
                 self._listener(self, delta)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from .errors import RequestError
@@ -14,8 +15,7 @@ from .text.tokenizer import Tokenizer
 from .types import Event, FinishReason, SamplingParams, Timings, TokenLogprob
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What one event adds to a sample. `text` is final: never half a character, never part of a stop string."""
 
     sample_index: int

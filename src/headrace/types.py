@@ -222,7 +222,7 @@ class Timings(msgspec.Struct, frozen=True):
     preemptions: int = 0
 
 
-class Event(msgspec.Struct, frozen=True):
+class Event(msgspec.Struct, frozen=True, array_like=True):
     """What one applied step means for one sequence: new tokens, and its end."""
 
     request_id: str

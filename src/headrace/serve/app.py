@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from .. import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, HeadraceError
 from .bodies import (
     ChatBody,
     CompletionBody,
@@ -29,7 +29,7 @@ from .bodies import (
     score_job,
 )
 from .exchange import Exchange
-from .faults import Fault
+from .faults import Fault, left
 from .gate import Call, Gate
 from .keys import Keys
 from .metrics import Metrics
@@ -122,8 +122,8 @@ class Server:
             return _json(exchange.answer())
         exchange = self._exchange(request, served, job)
         call: Call = request.scope["headrace.call"]
-        stream = EventStream(exchange, request.scope.get("headrace.abort", _nothing))
-        call.at_end += [exchange.stop, partial(self.streams.discard, stream)]
+        stream = EventStream(exchange, request.scope)
+        call.at_end += [exchange.end, partial(self.streams.discard, stream)]
         exchange.start()
         self.streams.add(stream)
         return Streamed(stream)
@@ -138,18 +138,21 @@ class Server:
             await asyncio.wait([leaving, ending], return_when=asyncio.FIRST_COMPLETED)
             if not exchange.done.is_set():
                 request.scope["headrace.call"].note(gone="the client has left")
-                raise Fault(499, "the client has left")
+                raise left()
             if exchange.fault is not None:
                 raise exchange.fault
             return exchange
         finally:
-            exchange.stop()
+            exchange.end()
             leaving.cancel()
             ending.cancel()
 
     def _exchange(self, request: Request, served: Served, job: Job) -> Exchange:
         """Admission: a place in the queue, or Fault 429."""
-        room = served.capacity(self.options.max_queue) - served.llm.live
+        capacity = served.capacity(self.options.max_queue)
+        if job.sequences > capacity:
+            raise Fault(400, f"{job.sequences} sequences are more than this server ever holds ({capacity})", param="n")
+        room = capacity - served.llm.live
         if job.sequences > room:
             served.collector.refused.inc()
             raise Fault(
@@ -196,7 +199,7 @@ class Server:
                 408, f"the body did not come within {seconds:g} s", code="request_timeout", headers=close
             ) from None
         except ClientDisconnect:
-            raise Fault(499, "the client has left", headers=close) from None
+            raise left() from None
         return bytes(data)
 
     # Tokens
@@ -294,17 +297,16 @@ class Server:
 
     async def load(self, request: Request) -> Response:
         body = parse(LoadBody, await self._body(request))
-        served = await self.models.load(body.model, body.name)
+        try:
+            served = await self.models.load(body.model, body.name)
+        except HeadraceError as error:
+            raise Fault(400, str(error), code="model_not_loaded", param="model") from None
         return _json(self._card(served))
 
     async def unload(self, request: Request) -> Response:
         body = parse(LoadBody, await self._body(request))
         await self.models.unload(body.name or body.model)
         return _json({"unloaded": body.name or body.model})
-
-
-def _nothing() -> None:
-    pass
 
 
 async def _left(request: Request) -> None:

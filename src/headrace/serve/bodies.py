@@ -204,6 +204,13 @@ async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
     frontend = llm.ready()
     if body.audio is not None or (body.modalities and body.modalities != ["text"]):
         raise Fault(400, "only text can be generated here", param="modalities")
+    for index, message in enumerate(body.messages):
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict) and part.get("type", "text") != "text":
+                raise Fault(
+                    400, f"message {index} has a part that is no text; only text is understood", param="messages"
+                )
     if body.tools:
         raise Fault(400, "tools are not supported yet", param="tools")
     size = sum(len(str(message.get("content", ""))) for message in body.messages)

@@ -109,7 +109,7 @@ def serve(
     log_level: Annotated[str, _option(OPERATION, "debug, info, warning or error.", "--log-level")] = "info",
     max_restarts: Annotated[
         int, _option(OPERATION, "Restarts of an engine within a minute before it is given up.", "--max-restarts")
-    ] = 10,
+    ] = 100,
     kernels: Annotated[str, _option(ENGINE, "Op set: auto, native or reference.", "--kernels")] = "auto",
     threads: Annotated[
         int | None, _option(ENGINE, "Threads of the op set [default: one a core].", "--threads", show_default=False)

@@ -11,7 +11,7 @@ from ..async_llm import AsyncLLM, Running
 from ..completion import Delta, Output
 from ..errors import HeadraceError
 from .bodies import Job
-from .faults import Fault, deadline_fault, fault_of
+from .faults import Fault, deadline_fault, fault_of, left
 from .metrics import Collector
 from .parser import TextParser
 from .replies import FINISH, Replies, usage_of
@@ -29,6 +29,7 @@ class Exchange:
         self.fault: Fault | None = None
         self.why = ""  # of the fault, for the log
         self.emit: Callable[[bytes], None] = lambda data: None
+        self.on_done: Callable[[], None] = lambda: None
         self.began = time.monotonic()
         self.first: float | None = None  # when the first token came
         self.last = self.began
@@ -40,6 +41,7 @@ class Exchange:
         ]
         self._seen: dict[int, list[Any]] = {}  # choice to what its parser made of it, where it is not streamed
         self._open = job.sequences
+        self.single = job.sequences == 1  # so that its tokens' gaps are those of one sequence
 
     def start(self) -> None:
         """Hand all prompts to the engine: all of them, or none."""
@@ -49,12 +51,12 @@ class Exchange:
                 self.running.append(running)
                 self._numbers[running.id] = index
         except BaseException:
-            self.stop()
+            self._stop()
             raise
         self.collector.admitted(self)
 
-    def stop(self) -> None:
-        """End what still runs; calling it again does nothing."""
+    def _stop(self) -> None:
+        """End what still runs."""
         for running in self.running:
             running.cancel()
 
@@ -88,19 +90,21 @@ class Exchange:
                     self._close_stream()
                 self._finish()
 
-    def end(self, fault: Fault) -> None:
-        """End it from outside, with a fault."""
+    def end(self, fault: Fault | None = None) -> None:
+        """End it from outside, where it has not ended yet; without a fault, because the client has left."""
         if not self.done.is_set():
-            self._fail(fault)
+            self._fail(fault or left())
+        self._stop()
 
     def _fail(self, fault: Fault, error: HeadraceError | None = None, why: str | None = None) -> None:
         self.fault = fault
         self.why = why or (str(error) if error else fault.message)
-        self.stop()
+        self._stop()
         self._finish()
 
     def _finish(self) -> None:
         self.done.set()
+        self.on_done()
         self.collector.finished(self)
 
     # Streams

@@ -58,5 +58,9 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(500, "internal error; the server's log has it under this request's id", code="internal_error")
 
 
+def left() -> Fault:
+    return Fault(499, "the client has left", code="client_left")
+
+
 def deadline_fault() -> Fault:
     return Fault(504, "the request's deadline passed before it was complete", code="deadline_exceeded")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from ..workers.wire import Report
 
@@ -20,6 +23,38 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50
 MODEL = ("model_name",)
 
 Watcher = Callable[[str, Any], None]
+
+
+class Tally:
+    """What happens once a token: counted in plain numbers, for Prometheus' own objects cost more than the rest of the
+    way. Also a collector, in Prometheus' sense."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, int] = {}  # generated, by model
+        self.gaps: dict[str, list[int]] = {}  # by model: how many fell into each of SECONDS' buckets
+        self.sums: dict[str, float] = {}
+
+    def add(self, model: str) -> None:
+        self.tokens.setdefault(model, 0)
+        self.gaps.setdefault(model, [0] * (len(SECONDS) + 1))
+        self.sums.setdefault(model, 0.0)
+
+    def gap(self, model: str, seconds: float) -> None:
+        self.gaps[model][bisect_left(SECONDS, seconds)] += 1
+        self.sums[model] += seconds
+
+    def collect(self) -> Iterator[Any]:
+        tokens = CounterMetricFamily("headrace_generation_tokens", "Tokens generated.", labels=MODEL)
+        gaps = HistogramMetricFamily(
+            "headrace_inter_token_latency_seconds", "From one token of a request to its next.", labels=MODEL
+        )
+        bounds = [*map(str, SECONDS), "+Inf"]
+        for model, count in self.tokens.items():
+            tokens.add_metric([model], count)
+            buckets = list(zip(bounds, accumulate(self.gaps[model]), strict=True))
+            gaps.add_metric([model], buckets, self.sums[model])
+        yield tokens
+        yield gaps
 
 
 class Metrics:
@@ -46,19 +81,22 @@ class Metrics:
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens taken from the prefix cache.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that were admitted.")
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.preemptions = counter("num_preemptions", "Sequences preempted for lack of KV pages.")
         self.steps = counter("engine_steps", "Steps that the engine has run.")
         self.success = counter("request_success", "Requests that ended, by reason.", ("model_name", "finished_reason"))
         self.answers = counter("http_requests", "HTTP answers.", ("method", "path", "status"))
         self.refused = counter("requests_refused", "Requests refused because the queue was full.")
         self.ttft = histogram("time_to_first_token_seconds", "From the request to its first token.")
-        self.itl = histogram("inter_token_latency_seconds", "From one token of a request to its next.")
+        self.tally = Tally()
+        registry.register(self.tally)  # type: ignore[arg-type]
         self.e2e = histogram("e2e_request_latency_seconds", "From the request to its last token.")
         self.queue = histogram("request_queue_time_seconds", "From the request to its first step.")
         self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.")
         self.decode = histogram("request_decode_time_seconds", "From the first token to the last.")
         self.step_seconds = histogram("engine_step_seconds", "Time of a step on the worker.")
+        self.delivery = histogram(
+            "token_delivery_seconds", "From a step's end on the worker to its tokens in the connections' buffers."
+        )
         self.step_rows = histogram("iteration_tokens_total", "Tokens computed in a step.", TOKENS)
         self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self.request_generated = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
@@ -97,10 +135,11 @@ class Collector:
             m.kv_usage.labels(model),
         )
         self._hits, self._queries = m.prefix_hits.labels(model), m.prefix_queries.labels(model)
-        self._steps, self._generated = m.steps.labels(model), m.generation_tokens.labels(model)
-        self._step_seconds, self._rows, self._itl = (
-            m.step_seconds.labels(model), m.step_rows.labels(model), m.itl.labels(model),
+        self._steps, self._step_seconds, self._rows = (
+            m.steps.labels(model), m.step_seconds.labels(model), m.step_rows.labels(model),
         )  # fmt: skip
+        self._tally, self._delivery = m.tally, m.delivery.labels(model)
+        m.tally.add(model)
         self.refused = m.refused.labels(model)
         self._ends: deque[float] = deque(maxlen=64)  # when requests ended of late
 
@@ -115,6 +154,7 @@ class Collector:
                 self._queries.inc(opened.length)
                 self._hits.inc(opened.cached)
         last = reports[-1]
+        self._delivery.observe(time.monotonic() - last.ended)
         self._running.set(last.running)
         self._waiting.set(last.waiting)
         self._kv.set(max(held / pages for held, pages in zip(last.pages_held, last.pages, strict=True)))
@@ -135,11 +175,11 @@ class Collector:
         self.metrics.feed("admitted", exchange)
 
     def token(self, exchange: Exchange, now: float, count: int) -> None:
-        self._generated.inc(count)
+        self._tally.tokens[self.model] += count
         if exchange.first is None:
             self.metrics.ttft.labels(self.model).observe(now - exchange.began)
-        elif exchange.job.sequences == 1:
-            self._itl.observe(now - exchange.last)
+        elif exchange.single:
+            self._tally.gap(self.model, now - exchange.last)
 
     def finished(self, exchange: Exchange) -> None:
         m, model = self.metrics, self.model

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..async_llm import AsyncLLM
-from ..errors import HeadraceError
 from .faults import Fault
 from .metrics import Collector, Metrics
 
@@ -21,7 +20,6 @@ class Served:
     llm: AsyncLLM
     collector: Collector
     created: int = field(default_factory=lambda: int(time.time()))
-    trouble: str | None = None  # why it could not be loaded
 
     @property
     def state(self) -> str:
@@ -53,8 +51,9 @@ class Models:
         served = self.served[name] = Served(name, llm, collector)
         try:
             await llm.start()
-        except HeadraceError as error:
-            served.trouble = str(error)
+        except BaseException:
+            if self.served.get(name) is served:
+                del self.served[name]
             raise
         self._metrics.ready.labels(name).set(1)
         return served

@@ -35,7 +35,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout: float = 60.0  # for which requests may go on after SIGTERM
     log_file: str | None = None
     log_level: str = "info"
-    max_restarts: int = 10
+    max_restarts: int = 100
     engine: dict[str, Any] = {}
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from .faults import Fault
 from .options import ServeOptions
 
 MAX_HEADERS = 100
-MAX_PIPELINED = 16  # requests on one connection that wait for its first answer
+MAX_PIPELINED = 32  # requests on one connection that wait for its first answer
 UNREAD_FACTOR = 10  # of the write timeout: so long an answer may stay partly unread though the client reads on
 
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large",
@@ -64,10 +64,18 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope["headrace.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self.scope["headrace.write"] = self._write_now  # type: ignore[typeddict-unknown-key]
         self._head_bytes = self._head_fields = 0
         self._in_head = True
         if self._head_timer is None:
             self._expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        self._head_bytes += len(url)
+        if self._head_bytes > 2 * self._options.max_header_bytes:
+            self._refuse(_large_head(self._options))
+            raise ValueError("the path is too long")  # stops the parser
+        super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_fields += 1
@@ -84,6 +92,13 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse(Fault(400, f"more than {MAX_PIPELINED} requests are waiting on this connection"))
             raise ValueError("too many pipelined requests")
         super().on_headers_complete()
+
+    def _write_now(self, body: bytes) -> bool:
+        """A chunk of the answer that has begun, without the way through ASGI; False where the client is behind."""
+        if self.flow.write_paused or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return True
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Fault(400, "the request is not HTTP/1.1", code="invalid_http"))
@@ -131,12 +146,15 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer without the application, and hang up."""
         if self.transport.is_closing():
             return
-        if self._idle():  # in the middle of an answer nothing can be said
+        if self._idle() or not self.cycle.response_started:  # in the middle of an answer nothing can be said
             body = fault.body()
             head = (
                 b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
             )
             self.transport.write(head % (fault.status, REASONS[fault.status], len(body)) + body)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
 

@@ -1,4 +1,8 @@
-"""A streamed answer as ASGI: server-sent events, bounded in memory and time however slowly the client reads."""
+"""A streamed answer as ASGI: server-sent events, bounded in memory and time however slowly the client reads.
+
+Once the answer has begun, events go to the connection's buffer in the very call that made them, as long as the client
+keeps up (`headrace.write` of the scope). Else they wait here, and a task sends them as the client reads.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from .faults import Fault
 
 MAX_PENDING = 1 << 20  # bytes of a stream that wait for the client
 FIRST_SECONDS = 5.0  # so long a stream may wait for its first token before it says 200
-
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -24,20 +27,29 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class EventStream:
-    """Sends what an Exchange emits. Ends the exchange when the client leaves, or does not read."""
+    """Sends what an Exchange emits. Ends the exchange when the client leaves, or does not read.
 
-    def __init__(self, exchange: Exchange, abort: Callable[[], None]) -> None:
-        self.exchange, self._abort = exchange, abort
+    `scope` may hold `headrace.write` (takes a piece of the body at once, or returns False where it must wait) and
+    `headrace.abort` (closes the connection, whatever is unsent).
+    """
+
+    def __init__(self, exchange: Exchange, scope: Any) -> None:
+        self.exchange = exchange
+        self._write: Callable[[bytes], bool] = scope.get("headrace.write", lambda data: False)
+        self._abort: Callable[[], None] = scope.get("headrace.abort", lambda: None)
         self._pending: list[bytes] = []
         self._size = 0
         self._wake = asyncio.Event()
+        self._began = self._sending = False
         self._sent_at = time.monotonic()
-        self._began = False
         self.gone: str | None = None  # why nothing more is sent
-        exchange.emit = self.push
+        exchange.emit, exchange.on_done = self.push, self._wake.set
 
     def push(self, data: bytes) -> None:
-        """Queue bytes; a client that leaves too many of them waiting is given up."""
+        """Send or queue bytes; a client that leaves too many of them waiting is given up."""
+        if self._began and not self._pending and not self._sending and self._write(data):
+            self._sent_at = time.monotonic()
+            return
         self._pending.append(data)
         self._size += len(data)
         if self._size > MAX_PENDING:
@@ -49,7 +61,7 @@ class EventStream:
             self.gone = why
             self._pending.clear()
             self._size = 0
-            self.exchange.stop()
+            self.exchange.end()
             self._abort()
             self._wake.set()
 
@@ -60,10 +72,8 @@ class EventStream:
 
     async def send(self, receive: Receive, send: Send) -> Fault | None:
         """The whole life of the stream. A Fault is returned where nothing was sent yet."""
-        exchange, done = self.exchange, self.exchange.done
+        exchange = self.exchange
         watcher = asyncio.create_task(self._watch(receive))
-        ender = asyncio.create_task(done.wait())
-        ender.add_done_callback(lambda _: self._wake.set())
         try:
             try:
                 await asyncio.wait_for(self._wake.wait(), FIRST_SECONDS)
@@ -71,31 +81,30 @@ class EventStream:
                 pass
             if exchange.fault is not None and not self._pending:
                 return exchange.fault
-            await self._send(send, {"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
+            await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
+            self._began = True
             while self.gone is None:
                 self._wake.clear()
-                last = done.is_set()
+                last = exchange.done.is_set()
                 if self._pending:
-                    body = b"".join(self._pending)
-                    self._pending.clear()
-                    self._size = 0
-                    await self._send(send, {"type": "http.response.body", "body": body, "more_body": True})
-                if last and not self._pending:
+                    await self._send_pending(send)
+                elif last:
                     body = b"data: " + exchange.fault.body() + b"\n\ndata: [DONE]\n\n" if exchange.fault else b""
-                    await self._send(send, {"type": "http.response.body", "body": body, "more_body": False})
+                    await send({"type": "http.response.body", "body": body, "more_body": False})
                     return None
-                if not last:
+                else:
                     await self._wake.wait()
             return None
         finally:
             watcher.cancel()
-            ender.cancel()
-            exchange.stop()
+            exchange.end()
 
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        self._began = True
-        await send(message)
-        self._sent_at = time.monotonic()
+    async def _send_pending(self, send: Send) -> None:
+        body = b"".join(self._pending)
+        self._pending.clear()
+        self._size, self._sending = 0, True
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sending, self._sent_at = False, time.monotonic()
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
