@@ -144,8 +144,10 @@ class LLM:
     def _run(self, request_ids: list[str]) -> list[Output]:
         live = [self._live[request_id] for request_id in request_ids]
         try:
-            while not all(completion.done for completion in live):
-                self._step()
+            with uninterrupted() as deliver:  # once: it costs as much as a tenth of a step's host work
+                while not all(completion.done for completion in live):
+                    self._step()
+                    deliver()
         finally:
             for request_id in request_ids:
                 self._cancel(request_id)
@@ -160,7 +162,8 @@ class LLM:
                 if deltas:
                     yield deltas.pop(0)
                 else:
-                    self._step()
+                    with uninterrupted():
+                        self._step()
             if errors := [sample.error for sample in completion.output.samples if sample.error is not None]:
                 raise RequestError(errors[0])
         finally:
@@ -168,13 +171,12 @@ class LLM:
             self._cancel(request_id)
 
     def _step(self) -> None:
-        """One step of the engine; its events go to whom they belong. Ctrl-C waits until both is done: a step that is
-        taken from the queue and not applied would be lost to everyone."""
+        """One step of the engine; its events go to whom they belong. Ctrl-C must wait until both is done: a step that
+        is taken from the queue and not applied would be lost to everyone."""
         if self._closed or not self.engine.busy:
             raise EngineDeadError("the engine was closed, or has nothing left to do, before the request ended")
-        with uninterrupted():
-            for event in self.engine.step():
-                self._dispatch(event)
+        for event in self.engine.step():
+            self._dispatch(event)
 
     def _dispatch(self, event: Event) -> None:
         completion = self._live.get(event.request_id)

@@ -6,7 +6,7 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,17 +18,22 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back SIGINT until the block is left; then its handler gets it. Only the main thread hears signals."""
+def uninterrupted() -> Iterator[Callable[[], None]]:
+    """Hold back SIGINT until the block is left, or calls what this gives; then its handler gets it. Only the main thread
+    hears signals."""
     handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
     frames: list[FrameType | None] = []
+
+    def deliver() -> None:
+        if frames and callable(handler):
+            handler(signal.SIGINT, frames.pop())
+
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield deliver
+        return
     signal.signal(signal.SIGINT, lambda number, frame: frames.append(frame))
     try:
-        yield
+        yield deliver
     finally:
         signal.signal(signal.SIGINT, handler)
-    if frames:
-        handler(signal.SIGINT, frames[0])
+    deliver()
