@@ -284,7 +284,8 @@ def test_tls(tiny_model: str, tmp_path: Path) -> None:
         connection.close()
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
-        old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.warns(DeprecationWarning):
+            old.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises((ssl.SSLError, OSError)), socket.create_connection(("127.0.0.1", server.port)) as plain:
             old.wrap_socket(plain)
     done = serve(tiny_model, "--port", "0", "--tls-cert", str(key), "--tls-key", str(cert))
