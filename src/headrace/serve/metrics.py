@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_left
 from collections import deque
@@ -17,6 +18,8 @@ from ..workers.wire import Report
 if TYPE_CHECKING:
     from .exchange import Exchange
     from .logs import JsonHandler
+
+log = logging.getLogger("headrace.serve")
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -162,6 +165,8 @@ class Collector:
 
     def restarted(self, reason: str, pause: float) -> None:
         self.metrics.restarts.labels(self.model).inc()
+        facts = {"model": self.model, "reason": reason, "seconds": round(pause, 3)}
+        log.warning("engine restarted", extra={"facts": facts})
         self.metrics.feed("restarted", (self.model, reason, pause))
 
     # Exchanges
