@@ -18,7 +18,8 @@ from .kernels.native import Limits, NativeOps
 from .kernels.reference import ReferenceOps
 from .memory.kv import kv_format
 from .model.decoder import Decoder
-from .model.spec import ModelSpec, read_spec
+from .model.families import read_spec
+from .model.spec import ModelSpec
 from .model.weights import load_weights
 from .quant.read import read_quantised
 from .schedule.pages import Pages, Path
@@ -63,7 +64,7 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     resolved = resolve_settings(model, settings, ops)
     spec = model.spec
     layers = range(spec.layers)
-    decoder = Decoder(spec, load_weights(model.file, spec, ops, layers), layers)
+    decoder = Decoder(spec, load_weights(model.file, spec, ops, layers), layers, resolved.max_context)
     caches = [
         ops.kv_cache(
             len(group.layers), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype

@@ -15,8 +15,9 @@ from headrace.errors import ModelFileError, UnsupportedModelError
 from headrace.formats.gguf import GGUFFile
 from headrace.formats.safetensors import Checkpoint
 from headrace.formats.tensor import F32, Tensor
+from headrace.model.families import read_spec
 from headrace.model.rope import RopeSpec, rope_table
-from headrace.model.spec import KVGroup, ModelSpec, read_spec
+from headrace.model.spec import KVGroup, ModelSpec
 
 GGUF_VALUES: dict[str, Any] = {
     "general.architecture": "llama",
@@ -82,9 +83,9 @@ def test_both_kinds_of_file_say_the_same() -> None:
         vocab_size=97,
         context_length=256,
         norm_eps=1e-5,
-        rope=RopeSpec(20, "default", 5000.0),
         tied=True,
         windows=(None,) * 5,
+        ropes=(RopeSpec(20, "default", 5000.0),) * 5,
         attention_scale=20**-0.5,
     )
 
@@ -109,8 +110,8 @@ def test_both_kinds_of_file_say_the_same() -> None:
 )
 def test_old_and_new_spellings_of_rope(old: dict[str, Any], expected: RopeSpec) -> None:
     new = {"rope_type": old.get("type"), "rope_theta": 5e3} | {key: old[key] for key in old if key != "type"}
-    assert read_hf({"rope_scaling": old}).rope == expected
-    assert read_hf({"rope_theta": None, "rope_parameters": new}).rope == expected
+    assert read_hf({"rope_scaling": old}).ropes == (expected,) * 5
+    assert read_hf({"rope_theta": None, "rope_parameters": new}).ropes == (expected,) * 5
 
 
 def test_mistral_window_absent_null_or_given() -> None:
@@ -161,8 +162,8 @@ def test_refusals_name_the_field_and_both_numbers(
 @pytest.mark.parametrize(
     ("changes", "listed"),
     [
-        ({"architectures": ["FalconForCausalLM"]}, "MistralForCausalLM"),
-        ({"hidden_act": "gelu"}, "silu"),
+        ({"architectures": ["RwkvForCausalLM"]}, "MistralForCausalLM"),
+        ({"hidden_act": "mish"}, "silu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "yarn"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
@@ -174,7 +175,7 @@ def test_what_is_not_supported_is_listed_against_what_is(changes: dict[str, Any]
 
 def test_gguf_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match="llama"):
-        read_gguf({"general.architecture": "falcon"})
+        read_gguf({"general.architecture": "rwkv"})
     with pytest.raises(ModelFileError, match=r"vocab_size: is 50, but the embedding has 97 rows"):
         read_gguf({"llama.vocab_size": 50})
     with pytest.raises(ModelFileError, match=r"rope_freqs.weight: must be 10 positive numbers"):
@@ -207,7 +208,7 @@ def test_hostile_config_values_end_in_typed_errors(field: str, value: Any) -> No
             spec = read_hf({"architectures": [architecture], field: value})
         except (ModelFileError, UnsupportedModelError):
             continue
-        assert np.isfinite(rope_table(spec.rope).inv_freq).all()
+        assert spec.ropes[0] and np.isfinite(rope_table(spec.ropes[0], spec.context_length).inv_freq).all()
 
 
 @given(field=st.sampled_from([*GGUF_VALUES, "llama.rope.scaling.type", "llama.attention.key_length"]), value=HOSTILE)
@@ -216,4 +217,4 @@ def test_hostile_metadata_values_end_in_typed_errors(field: str, value: Any) -> 
         spec = read_gguf({field: value})
     except (ModelFileError, UnsupportedModelError):
         return
-    assert np.isfinite(rope_table(spec.rope).inv_freq).all()
+    assert spec.ropes[0] and np.isfinite(rope_table(spec.ropes[0], spec.context_length).inv_freq).all()

@@ -13,13 +13,14 @@ from headrace.errors import ModelFileError
 from headrace.formats.tensor import Tensor
 from headrace.kernels.ops import RopeTable
 from headrace.kernels.reference import ReferenceOps
+from headrace.model.families import read_spec
+from headrace.model.families.gguf import gguf_layout_of_pairs
 from headrace.model.rope import RopeSpec
-from headrace.model.spec import read_spec
-from headrace.model.weights import _gguf_row_orders, load_weights
+from headrace.model.weights import load_weights
 
 from .conftest import Tiny
 from .harness import open_model
-from .test_spec import read_hf, tensor
+from .test_spec import gguf_file, read_hf, tensor
 
 Tinies = Callable[[str], Tiny]
 
@@ -93,8 +94,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(tiny: Tinies) -> None:
 @pytest.mark.parametrize("rotated", [20, 12])
 def test_row_order_turns_adjacent_pairs_into_halves(rotated: int) -> None:
     """Rotating a GGUF's rows pair by pair is rotating the reordered rows by halves; columns past `rotated` stay."""
-    spec = dataclasses.replace(read_hf({}), rope=RopeSpec(rotated))
-    order = _gguf_row_orders(spec)["q"]
+    spec = dataclasses.replace(read_hf({}), ropes=(RopeSpec(rotated),) * 5)
+    order = gguf_layout_of_pairs(gguf_file(), spec).layer["q"].rows
+    assert order is not None
     table = RopeTable(np.linspace(1, 0.1, rotated // 2, dtype=np.float32))
     rows = np.random.default_rng(0).standard_normal((1, 6, 20), dtype=np.float32)
     pairs = rows[..., :rotated].reshape(6, -1, 2)

@@ -50,6 +50,14 @@ class Fields:
             raise self.error(name, f"must be text, got {value!r:.80}")
         return value
 
+    def numbers(self, name: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """A list of `count` numbers."""
+        values = self._get(name, None)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(name, f"must be a list of {count} numbers, got {values!r:.80}")
+        each = Fields(self.path, {f"{self.prefix}{name}[{index}]": value for index, value in enumerate(values)})
+        return tuple(each.number(key, low, high) for key in each.values)
+
     def table(self, name: str) -> Fields:
         """A nested table's own fields; empty if it is absent."""
         value = self.values.get(self.prefix + name)
@@ -57,7 +65,8 @@ class Fields:
             value = {}
         if not isinstance(value, Mapping):
             raise self.error(name, f"must be a table, got {value!r:.80}")
-        return Fields(self.path, {f"{name}.{key}": item for key, item in value.items()}, f"{name}.")
+        whole = self.prefix + name
+        return Fields(self.path, {f"{whole}.{key}": item for key, item in value.items()}, f"{whole}.")
 
     def error(self, name: str, problem: str) -> ModelFileError:
         return ModelFileError(self.path, self.prefix + name, problem)

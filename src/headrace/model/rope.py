@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ..errors import ModelFileError, UnsupportedModelError
 from ..kernels.ops import RopeTable
 from .fields import Fields
 
-RopeKind = Literal["default", "linear", "llama3", "yarn", "factors"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "factors", "longrope"]
 
 MAX_THETA = 1e12
 MAX_FACTOR = 1e6
@@ -30,6 +31,8 @@ class RopeSpec:
     - yarn: the same between `beta_slow` and `beta_fast` turns, blended by column, with cos and sin times
       `attention_factor` (Peng et al. 2023, section 3.3); `truncate` widens the blend to whole columns.
     - factors: each frequency is divided by its own entry of `factors` (what GGUF stores for llama3).
+    - longrope: by its entry of `factors` where the model is to serve contexts up to `original_context`, of
+      `long_factors` where longer ones, with cos and sin times `attention_factor` (Ding et al. 2024).
     """
 
     rotated: int
@@ -44,14 +47,20 @@ class RopeSpec:
     attention_factor: float = 1.0
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
-def rope_table(rope: RopeSpec) -> RopeTable:
-    """Frequencies in radians a position, float32 [rotated / 2], and the factor on cos and sin."""
+def rope_table(rope: RopeSpec, context: int) -> RopeTable:
+    """Frequencies in radians a position, float32 [rotated / 2], and the factor on cos and sin.
+
+    `context` is the longest that is served: some kinds are other frequencies for longer ones.
+    """
+    if rope.kind == "longrope" and context > rope.original_context:
+        rope = dataclasses.replace(rope, factors=rope.long_factors)
     exponents = np.arange(0, rope.rotated, 2, dtype=np.float32) / np.float32(rope.rotated)
     inv_freq = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
     stretched = _STRETCH[rope.kind](rope, inv_freq).astype(np.float32)
-    return RopeTable(stretched, rope.attention_factor if rope.kind == "yarn" else 1.0)
+    return RopeTable(stretched, rope.attention_factor)
 
 
 def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
@@ -84,12 +93,17 @@ def _yarn(rope: RopeSpec, inv_freq: np.ndarray) -> np.ndarray:
     return stretched * inv_freq / np.float32(rope.factor) + (1 - stretched) * inv_freq
 
 
+def _factors(rope: RopeSpec, inv_freq: np.ndarray) -> np.ndarray:
+    return inv_freq / np.array(rope.factors, np.float32)
+
+
 _STRETCH = {
     "default": lambda rope, inv_freq: inv_freq,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
-    "factors": lambda rope, inv_freq: inv_freq / np.array(rope.factors, np.float32),
+    "factors": _factors,
+    "longrope": _factors,
 }
 
 
@@ -101,14 +115,23 @@ def read_gguf_rope(fields: Fields, tensors: Mapping[str, Any], head_dim: int, co
     rotated = _rotated(fields, "rope.dimension_count", head_dim)
     theta = fields.number("rope.freq_base", 1.0001, MAX_THETA, default=10000.0)
     kind = fields.text("rope.scaling.type", default="none")
+    if "rope_factors_long.weight" in tensors:
+        return RopeSpec(
+            rotated,
+            "longrope",
+            theta,
+            original_context=fields.integer(
+                "rope.scaling.original_context_length", 1, MAX_CONTEXT, default=context_length
+            ),
+            attention_factor=fields.number("rope.scaling.attn_factor", 1e-6, MAX_FACTOR, default=1.0),
+            factors=_gguf_factors(fields, tensors, "rope_factors_short.weight", rotated // 2),
+            long_factors=_gguf_factors(fields, tensors, "rope_factors_long.weight", rotated // 2),
+        )
     if "rope_freqs.weight" in tensors:
-        factors, pairs = tensors["rope_freqs.weight"].decode(), rotated // 2
-        if factors.shape != (pairs,) or not (np.isfinite(factors) & (factors > 0)).all():
-            problem = f"must be {pairs} positive numbers, one a rotated pair, got shape {factors.shape}"
-            raise ModelFileError(fields.path, "rope_freqs.weight", problem)
         if kind != "none":
             raise UnsupportedModelError(f"{fields.path}: rope_freqs.weight together with rope scaling {kind!r}")
-        return RopeSpec(rotated, "factors", theta, factors=tuple(map(float, factors)))
+        factors = _gguf_factors(fields, tensors, "rope_freqs.weight", rotated // 2)
+        return RopeSpec(rotated, "factors", theta, factors=factors)
     if kind == "none":
         return RopeSpec(rotated, "default", theta)
     if kind not in ("linear", "yarn"):
@@ -130,23 +153,44 @@ def read_gguf_rope(fields: Fields, tensors: Mapping[str, Any], head_dim: int, co
     )
 
 
-def read_hf_rope(fields: Fields, head_dim: int, context_length: int) -> RopeSpec:
-    """Rope from a Hugging Face config: `rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling`.
+def _gguf_factors(fields: Fields, tensors: Mapping[str, Any], name: str, pairs: int) -> tuple[float, ...]:
+    """One positive number for each rotated pair, from a tensor."""
+    factors = tensors[name].decode() if name in tensors else np.zeros(0)
+    if factors.shape != (pairs,) or not (np.isfinite(factors) & (factors > 0)).all():
+        problem = f"must be {pairs} positive numbers, one a rotated pair, got shape {factors.shape}"
+        raise ModelFileError(fields.path, name, problem)
+    return tuple(map(float, factors))
+
+
+def read_hf_rope(
+    fields: Fields,
+    head_dim: int,
+    context_length: int,
+    scaling: Fields | None = None,
+    *,
+    partial: bool = False,
+    default_theta: float = 10000.0,
+) -> RopeSpec:
+    """Rope from a Hugging Face config: `rope_parameters` (transformers 5), or `rope_theta` beside `rope_scaling`;
+    or from the table `scaling`. `partial` says whether the family may rotate a part of each head only.
 
     Raises as `read_gguf_rope` does.
     """
-    scaling = fields.table("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
+    if scaling is None:
+        scaling = fields.table("rope_parameters" if fields.has("rope_parameters") else "rope_scaling")
     kind = scaling.text("rope_type", default=scaling.text("type", default="default"))
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UnsupportedModelError(
-            f"{fields.path}: rope type {kind!r} is not supported; default, linear, llama3 and yarn are"
-        )
-    partial = scaling.number("partial_rotary_factor", 0.0, 1.0, fields.number("partial_rotary_factor", 0.0, 1.0, 1.0))
-    if partial != 1.0:
-        raise UnsupportedModelError(f"{fields.path}: partial_rotary_factor {partial} is not supported here; only 1 is")
-    rotated = _even(fields, "head_dim", head_dim)
+    kind = "longrope" if kind == "su" else kind  # its first name
+    known = ("default", "linear", "llama3", "yarn", "longrope")
+    if kind not in known:
+        raise UnsupportedModelError(f"{fields.path}: rope type {kind!r} is not supported; {', '.join(known)} are")
+    share = scaling.number("partial_rotary_factor", 0.0, 1.0, fields.number("partial_rotary_factor", 0.0, 1.0, 1.0))
+    if share != 1.0 and not partial:
+        raise UnsupportedModelError(f"{fields.path}: partial_rotary_factor {share} is not supported here; only 1 is")
+    rotated = _even(fields, "head_dim", int(head_dim * share))
+    if rotated == 0:
+        raise fields.error("partial_rotary_factor", f"{share} of {head_dim} columns leaves none to rotate")
     theta = scaling.number(
-        "rope_theta", 1.0001, MAX_THETA, default=fields.number("rope_theta", 1.0001, MAX_THETA, default=10000.0)
+        "rope_theta", 1.0001, MAX_THETA, default=fields.number("rope_theta", 1.0001, MAX_THETA, default=default_theta)
     )
     if kind == "default":
         return RopeSpec(rotated, "default", theta)
@@ -158,6 +202,8 @@ def read_hf_rope(fields: Fields, head_dim: int, context_length: int) -> RopeSpec
         MAX_CONTEXT,
         default=scaling.integer("original_max_position_embeddings", 1, MAX_CONTEXT, default=context_length),
     )
+    if kind == "longrope":
+        return _hf_longrope(scaling, rotated, theta, original, context_length)
     if kind == "llama3":
         low = scaling.number("low_freq_factor", 1e-6, MAX_FACTOR)
         high = scaling.number("high_freq_factor", 1e-6, MAX_FACTOR)
@@ -176,6 +222,20 @@ def read_hf_rope(fields: Fields, head_dim: int, context_length: int) -> RopeSpec
         beta_slow=scaling.number("beta_slow", 1e-6, MAX_FACTOR, default=1.0),
         attention_factor=scaling.number("attention_factor", 1e-6, MAX_FACTOR, default=_hf_temperature(scaling, factor)),
         truncate=scaling.boolean("truncate", default=True),
+    )
+
+
+def _hf_longrope(scaling: Fields, rotated: int, theta: float, original: int, context_length: int) -> RopeSpec:
+    factor = scaling.number("factor", 0.0, MAX_FACTOR, default=context_length / original)
+    temperature = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return RopeSpec(
+        rotated,
+        "longrope",
+        theta,
+        original_context=original,
+        attention_factor=scaling.number("attention_factor", 1e-6, MAX_FACTOR, default=temperature),
+        factors=scaling.numbers("short_factor", rotated // 2, 1e-6, MAX_FACTOR),
+        long_factors=scaling.numbers("long_factor", rotated // 2, 1e-6, MAX_FACTOR),
     )
 
 

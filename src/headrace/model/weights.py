@@ -1,35 +1,50 @@
-"""From a model file's tensors to packed weights: rename -> reorder -> pack, only what a range of layers needs."""
+"""From a model file's tensors to packed weights: find -> choose rows -> pack, only what a range of layers needs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ModelFileError
+from ..errors import ModelFileError, UnsupportedModelError
 from ..formats.gguf import GGUFFile
 from ..formats.safetensors import Checkpoint
+from ..formats.tensor import F32, Tensor
 from ..kernels.ops import Array, Matrix, Ops
+from .families import family_of
+from .layout import Layout
 from .spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights: matrices [out, in], norms and biases [out]."""
+    """One layer's weights, as `ModelSpec.layer_shapes` says which: matrices [out, in], norms and biases [out]."""
 
-    attention_norm: Array
     q: Matrix
     k: Matrix
     v: Matrix
     o: Matrix
-    mlp_norm: Array
-    gate: Matrix
-    up: Matrix
-    down: Matrix
+    gate: Matrix | None = None
+    up: Matrix | None = None
+    down: Matrix | None = None
+    router: Matrix | None = None
+    gates: Sequence[Matrix] = ()  # of each expert
+    ups: Sequence[Matrix] = ()
+    downs: Sequence[Matrix] = ()
+    attention_norm: Array | None = None
+    attention_norm_bias: Array | None = None
+    attention_post_norm: Array | None = None
+    attention_post_norm_bias: Array | None = None
+    mlp_norm: Array | None = None
+    mlp_norm_bias: Array | None = None
+    mlp_post_norm: Array | None = None
+    mlp_post_norm_bias: Array | None = None
+    q_norm: Array | None = None
+    k_norm: Array | None = None
     q_bias: Array | None = None
     k_bias: Array | None = None
     v_bias: Array | None = None
@@ -41,79 +56,30 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """Weights of a range of layers: with `embedding` if it starts the model, `norm` and `head` if it ends it."""
+    """Weights of a range of layers: with those of the embedding if it starts the model, `norm` and `head` if it ends
+    it."""
 
     layers: tuple[LayerWeights, ...]
     embedding: Matrix | None = None
+    positions: Matrix | None = None
+    embedding_norm: Array | None = None
+    embedding_norm_bias: Array | None = None
     norm: Array | None = None
+    norm_bias: Array | None = None
     head: Matrix | None = None
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How one kind of file spells its tensors. A layer's are `layer` with its number, a part, and .weight or .bias."""
+class _Part(NamedTuple):
+    """One weight in the file: its field, its tensors (one, or one an expert), the shape that each must have, and the
+    rows that are chosen of it."""
 
-    embedding: str
-    norm: str
-    head: str
-    layer: str
-    parts: Mapping[str, str]
-    ignored: frozenset[str]  # tensors that say nothing the spec does not
-    ignored_ending: str
-    row_orders: Callable[[ModelSpec], Mapping[str, np.ndarray]]  # by part, where rows are not in RopeTable's order
+    field: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, ...]
+    rows: np.ndarray | None = None
 
 
-def _gguf_row_orders(spec: ModelSpec) -> Mapping[str, np.ndarray]:
-    """GGUF's llama rotates rows (2i, 2i + 1) of each head; this order of its rows makes them (i, i + rotated/2)."""
-    head = np.arange(spec.head_dim)
-    head[: spec.rope.rotated] = np.arange(spec.rope.rotated).reshape(-1, 2).T.ravel()
-    return {
-        part: (np.arange(heads)[:, None] * spec.head_dim + head).ravel()
-        for part, heads in (("q", spec.heads), ("k", spec.kv_heads))
-    }
-
-
-_GGUF = _Layout(
-    embedding="token_embd.weight",
-    norm="output_norm.weight",
-    head="output.weight",
-    layer="blk.{}.",
-    parts={
-        "attention_norm": "attn_norm",
-        "q": "attn_q",
-        "k": "attn_k",
-        "v": "attn_v",
-        "o": "attn_output",
-        "mlp_norm": "ffn_norm",
-        "gate": "ffn_gate",
-        "up": "ffn_up",
-        "down": "ffn_down",
-    },
-    ignored=frozenset({"rope_freqs.weight"}),
-    ignored_ending=".attn_rot_embd",
-    row_orders=_gguf_row_orders,
-)
-
-_HF = _Layout(
-    embedding="model.embed_tokens.weight",
-    norm="model.norm.weight",
-    head="lm_head.weight",
-    layer="model.layers.{}.",
-    parts={
-        "attention_norm": "input_layernorm",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    },
-    ignored=frozenset(),
-    ignored_ending=".rotary_emb.inv_freq",
-    row_orders=lambda spec: {},
-)
+_START = ("embedding", "positions", "embedding_norm", "embedding_norm_bias")
 
 
 def load_weights(source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layers: range) -> DecoderWeights:
@@ -122,62 +88,103 @@ def load_weights(source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layer
     Names and shapes of all tensors are checked against the spec before any is read; what `layers` do not need is never
     read. Raises ModelFileError for a tensor that is missing, of another shape, or unknown.
     """
-    layout = _GGUF if isinstance(source, GGUFFile) else _HF
+    layout = family_of(source).layout(source, spec)
+    tables = {part.field: part for part in _table_parts(spec, layout)}
     _check(source, spec, layout)
-    tensors = source.tensors
+    first, last = layers.start == 0, layers.stop == spec.layers
+    wanted = {field for field in tables if (first if field in _START else last)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def pack(name: str, order: np.ndarray | None = None) -> Any:
-            method = ops.pack if len(tensors[name].shape) == 2 else ops.vector
-            return pool.submit(method, tensors[name], order)
-
-        first, last = layers.start == 0, layers.stop == spec.layers
-        head_name = layout.embedding if spec.tied else layout.head
-        # A tied head is the embedding's own Matrix where one range holds both.
-        embedding = pack(layout.embedding) if first else None
-        head = (embedding if first and spec.tied else pack(head_name)) if last else None
-        norm = pack(layout.norm) if last else None
-        orders = layout.row_orders(spec)
-        jobs = [
-            {part: pack(name, orders.get(part.removesuffix("_bias"))) for part, name, _ in _layer(spec, layout, layer)}
-            for layer in layers
-        ]
+        loader = _Loader(source, ops, layout, pool)
+        jobs = {field: loader.load(tables[field]) for field in tables if field in wanted}
+        layer_jobs = [{part.field: loader.load(part) for part in _layer_parts(spec, layout, layer)} for layer in layers]
+        found = {field: job.result() for field, job in jobs.items()}
+        if last and spec.tied:  # the embedding's own Matrix where one range holds both
+            found["head"] = found["embedding"] if first else loader.load(tables["embedding"]).result()
         return DecoderWeights(
-            layers=tuple(LayerWeights(**{part: job.result() for part, job in layer.items()}) for layer in jobs),
-            embedding=embedding and embedding.result(),
-            norm=norm and norm.result(),
-            head=head and head.result(),
+            layers=tuple(LayerWeights(**{field: _result(job) for field, job in layer.items()}) for layer in layer_jobs),
+            **found,
         )
 
 
-def _layer(spec: ModelSpec, layout: _Layout, layer: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """One layer's tensors: field of LayerWeights, name in the file, shape."""
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "attention_norm": (spec.dim,),
-        "q": (q, spec.dim),
-        "k": (kv, spec.dim),
-        "v": (kv, spec.dim),
-        "o": (spec.dim, q),
-        "mlp_norm": (spec.dim,),
-        "gate": (spec.ffn_dim, spec.dim),
-        "up": (spec.ffn_dim, spec.dim),
-        "down": (spec.dim, spec.ffn_dim),
-    }
-    biased = ("q", "k", "v", "o") * spec.attention_bias + ("gate", "up", "down") * spec.mlp_bias
-    for field, shape in shapes.items():
-        name = layout.layer.format(layer) + layout.parts[field]
-        yield field, f"{name}.weight", shape
-        if field in biased:
-            yield f"{field}_bias", f"{name}.bias", shape[:1]
+def _result(job: Future[Any] | list[Future[Any]]) -> Any:
+    return tuple(one.result() for one in job) if isinstance(job, list) else job.result()
 
 
-def _check(source: GGUFFile | Checkpoint, spec: ModelSpec, layout: _Layout) -> None:
-    shapes = {layout.embedding: (spec.vocab_size, spec.dim), layout.norm: (spec.dim,)}
-    if not spec.tied:
-        shapes[layout.head] = (spec.vocab_size, spec.dim)
+class _Loader:
+    """Queues the packing of a file's weights."""
+
+    def __init__(self, source: GGUFFile | Checkpoint, ops: Ops, layout: Layout, pool: ThreadPoolExecutor) -> None:
+        self._tensors, self._ops, self._layout, self._pool = source.tensors, ops, layout, pool
+
+    def load(self, part: _Part) -> Any:
+        """A future of the weight, or a list of them for experts."""
+        tensors = [self._tensors[name] for name in part.tensors]
+        if len(part.shape) == 3:
+            return [self._pack(expert) for expert in _slices(tensors[0])]
+        if len(tensors) > 1:
+            return [self._pack(tensor) for tensor in tensors]
+        (tensor,) = tensors
+        if len(part.shape) == 1:
+            return self._pool.submit(self._vector, tensor, part)
+        turned = self._layout.transposed and part.field not in ("embedding", "positions", "head")
+        return self._pack(_transposed(tensor) if turned else tensor, part.rows)
+
+    def _pack(self, tensor: Tensor, rows: np.ndarray | None = None) -> Future[Any]:
+        return self._pool.submit(self._ops.pack, tensor, rows)
+
+    def _vector(self, tensor: Tensor, part: _Part) -> Array:
+        if self._layout.norm_offset and part.field.endswith("norm"):
+            tensor = _float_tensor(tensor, tensor.decode() + np.float32(self._layout.norm_offset))
+        return self._ops.vector(tensor, part.rows)
+
+
+def _float_tensor(like: Tensor, values: np.ndarray) -> Tensor:
+    values = np.ascontiguousarray(values, np.float32)
+    return Tensor(like.name, values.shape, F32, values.reshape(-1).view(np.uint8), like.path)
+
+
+def _slices(stacked: Tensor) -> list[Tensor]:
+    """The matrices of a tensor [n, out, in]."""
+    count, *shape = stacked.shape
+    rows = stacked.data.reshape(count, -1)
+    return [Tensor(f"{stacked.name}[{i}]", tuple(shape), stacked.type, rows[i], stacked.path) for i in range(count)]
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A tensor [in, out] as [out, in], in memory of its own."""
+    if tensor.type.block > 1:
+        raise UnsupportedModelError(f"{tensor.path}: tensor {tensor.name}: {tensor.type.name} weights stored [in, out]")
+    cells = tensor.data.reshape(*tensor.shape, tensor.type.block_bytes).swapaxes(0, 1)
+    return Tensor(tensor.name, tensor.shape[::-1], tensor.type, np.ascontiguousarray(cells).reshape(-1), tensor.path)
+
+
+def _table_parts(spec: ModelSpec, layout: Layout) -> Iterator[_Part]:
+    for field, shape in spec.table_shapes.items():
+        name = f"{layout.tables[field.removesuffix('_bias')]}.{'bias' if field.endswith('_bias') else 'weight'}"
+        yield _Part(field, (name,), shape)
+
+
+def _layer_parts(spec: ModelSpec, layout: Layout, layer: int) -> Iterator[_Part]:
+    for field, shape in spec.layer_shapes.items():
+        place = layout.layer[field.removesuffix("_bias")]
+        ending = "bias" if field.endswith("_bias") else "weight"
+        if "{expert}" in place.name:
+            count, *shape = shape
+            names = (place.name.format(layer, expert=expert) for expert in range(count))
+            yield _Part(field, tuple(f"{name}.{ending}" for name in names), tuple(shape))
+            continue
+        if place.rows is not None:
+            shape = (place.of, *shape[1:])
+        if layout.transposed and len(shape) == 2:
+            shape = shape[::-1]
+        yield _Part(field, (f"{place.name.format(layer)}.{ending}",), shape, place.rows)
+
+
+def _check(source: GGUFFile | Checkpoint, spec: ModelSpec, layout: Layout) -> None:
+    parts = [*_table_parts(spec, layout)]
     for layer in range(spec.layers):
-        shapes |= {name: shape for _, name, shape in _layer(spec, layout, layer)}
+        parts += _layer_parts(spec, layout, layer)
+    shapes = {name: part.shape for part in parts for name in part.tensors}
     for name, shape in shapes.items():
         if name not in source.tensors:
             raise ModelFileError(source.path, name, f"the tensor is missing; shape {list(shape)} was expected")
@@ -185,7 +192,7 @@ def _check(source: GGUFFile | Checkpoint, spec: ModelSpec, layout: _Layout) -> N
             found = list(source.tensors[name].shape)
             raise ModelFileError(source.path, name, f"has shape {found}, but the model's sizes make it {list(shape)}")
     # A Hugging Face file may hold a tied head twice.
-    known = shapes.keys() | layout.ignored | {layout.head}
+    known = shapes.keys() | {f"{layout.tables['head']}.weight"}
     for name in source.tensors:
-        if name not in known and not name.endswith(layout.ignored_ending):
+        if name not in known and not name.endswith(layout.ignored) and not name.startswith(layout.others):
             raise ModelFileError(source.path, name, "is no tensor of this architecture; the model may be of another")
