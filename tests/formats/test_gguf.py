@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import time
 import tracemalloc
@@ -226,8 +227,92 @@ def test_the_good_neighbours_of_malformed_files(tmp_path: Path):
 def test_unsupported(tmp_path: Path):
     with pytest.raises(UnsupportedModelError, match="tensor w: type IQ2_XXS is not supported; use one of F32"):
         opened(tmp_path, build(tensors=(tensor("w", (256,), type=16),), data=66))
-    with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
-        opened(tmp_path, build(metadata=(entry("split.count", U16, struct.pack("<H", 3)),)))
+
+
+def split_part(number: int, count: int, tensors: tuple[bytes, ...], *more: bytes, total: int = 3) -> bytes:
+    numbers = (("split.no", number), ("split.count", count), ("split.tensors.count", total))
+    return build(metadata=(*more, *(entry(key, U16, struct.pack("<H", n)) for key, n in numbers)), tensors=tensors)
+
+
+def write_split(folder: Path) -> list[Path]:
+    """Three tensors in three parts, of which the first holds metadata alone, as converters write them."""
+    folder.mkdir(exist_ok=True)
+    parts = [
+        split_part(0, 3, (), entry("general.name", STRING, text("whole"))),
+        split_part(1, 3, (tensor("a", (4, 2)), tensor("b", (3,), offset=32))),
+        split_part(2, 3, (tensor("c", (2, 2)),)),
+    ]
+    paths = [folder / f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    for path, data in zip(paths, parts, strict=True):
+        path.write_bytes(data)
+    return paths
+
+
+def test_a_split_file_opens_by_any_part(tmp_path: Path):
+    paths = write_split(tmp_path)
+    for path in paths:
+        file = open_gguf(path)
+        assert file.path == paths[0] and file.metadata["general.name"] == "whole"
+        assert {name: tensor.shape for name, tensor in file.tensors.items()} == {"a": (2, 4), "b": (3,), "c": (2, 2)}
+        assert file.tensors["c"].path == paths[2]
+        assert file.tensors["b"].data.tobytes() == bytes(range(32, 44))
+
+
+def test_what_the_package_splits(tmp_path: Path):
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama", split_max_tensors=2)
+    weights = {name: np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32) for name in "abcde"}
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_gguf(tmp_path / "w-00002-of-00003.gguf")
+    assert file.metadata["general.architecture"] == "llama"
+    assert all(np.array_equal(file.tensors[name].decode(), weight) for name, weight in weights.items())
+
+
+def test_split_files_that_do_not_fit_together(tmp_path: Path):
+    def broken(change, problem: str) -> None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        paths = write_split(folder)
+        change(paths)
+        with pytest.raises(ModelFileError, match=problem):
+            open_gguf(paths[0])
+
+    broken(lambda p: p[1].unlink(), r"1 of 3 parts are not in .*, the first is m-00002-of-00003.gguf; pull them again")
+    broken(lambda p: p[2].write_bytes(p[1].read_bytes()), r"is part 1 of 3, named as 2 of 3")
+    broken(lambda p: p[2].write_bytes(split_part(2, 3, (tensor("a"),))), r"tensor a: is in m-00002-of-00003.gguf too")
+    broken(lambda p: p[2].write_bytes(split_part(2, 3, ())), r"split.tensors.count: is 3, and the parts hold 2")
+    broken(lambda p: p[2].write_bytes(build()), r"is part None of None")
+    broken(lambda p: p[2].write_bytes(b""), r"is empty")
+    broken(lambda p: p[0].write_bytes(split_part(0, 65535, ())), r"is 65535, but the name says 3")
+    broken(lambda p: p[0].write_bytes(build(metadata=(entry("split.count", I8, b"\xff"),))), r"parts, got -1")
+    broken(lambda p: p[0].write_bytes(build(metadata=(entry("split.count", STRING, text("3")),))), r"parts, got '3'")
+    elsewhere = write_split(tmp_path / "elsewhere")
+
+    def lead_out(paths: list[Path]) -> None:
+        paths[1].unlink()
+        paths[1].symlink_to(elsewhere[1])
+
+    broken(lead_out, r"leads out of its folder")
+    paths = write_split(tmp_path / "renamed")
+    paths[0].rename(tmp_path / "renamed" / "m.gguf")
+    with pytest.raises(ModelFileError, match=r"is 3, but the name says 1; keep the parts' own names"):
+        open_gguf(tmp_path / "renamed" / "m.gguf")
+
+
+def test_a_file_that_became_shorter_is_not_read(tmp_path: Path):
+    """Reading it would end the process."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(build(tensors=(tensor("w", (4096, 2)),)) + bytes(32768))
+    weight = open_gguf(path).tensors["w"]
+    kept, first = weight.decode(), weight.decode(slice(0, 1))
+    os.truncate(path, 4096)
+    for use in (weight.decode, lambda: weight.decode(slice(0, 1)), lambda: weight.data, weight.check_weights):
+        with pytest.raises(ModelFileError, match=r"had \d+ bytes when it was opened, and now has 4096"):
+            use()
+    assert np.array_equal(kept[:1], first)  # what was decoded is memory of its own
 
 
 def test_absent(tmp_path: Path):

@@ -227,6 +227,8 @@ REPOSITORIES = {
         "onnx/model.safetensors": b"other",
     },
     "org/ggufs": {"README.md": b"", "m-Q4_0.gguf": CONTENT[:5000], "sub/m-Q8_0.gguf": CONTENT[:70]},
+    "org/split": {f"q/m-{number:05d}-of-00003.gguf": CONTENT[: 100 * number] for number in (1, 2, 3)},
+    "org/lacking": {"m-00001-of-00002.gguf": CONTENT[:100]},
     "org/pickles": {"config.json": b"{}", "pytorch_model.bin": b"pickle"},
     "org/empty": {"README.md": b""},
 }
@@ -340,6 +342,22 @@ def test_hub_repositories(tmp_path: Path, endpoint: str):
 
     nowhere = "http://127.0.0.1:9"  # once pulled, nothing is asked
     assert resolve_in_child(tmp_path, nowhere, "hf:org/whole", "hf:org/ggufs:m-Q4_0.gguf") == [whole, gguf]
+
+
+def test_hub_split_files_are_pulled_with_all_their_parts(tmp_path: Path, endpoint: str):
+    split = REPOSITORIES["org/split"]
+    wanted, nowhere = "hf:org/split:q/m-00002-of-00003.gguf", "http://127.0.0.1:9"
+    path, lacking = resolve_in_child(tmp_path, endpoint, wanted, "hf:org/lacking:m-00001-of-00002.gguf")
+    assert path == str(tmp_path / "hf" / "org--split" / "q" / "m-00002-of-00003.gguf")
+    assert {file.name: file.read_bytes() for file in Path(path).parent.iterdir()} == {
+        name.removeprefix("q/"): data for name, data in split.items()
+    }
+    assert lacking.endswith("lacks 1 of 2 parts of m-00001-of-00002.gguf: m-00002-of-00002.gguf")
+    assert resolve_in_child(tmp_path, nowhere, wanted) == [path]
+    Path(path).with_name("m-00003-of-00003.gguf").unlink()  # as where a pull was killed
+    assert resolve_in_child(tmp_path, nowhere, wanted)[0].startswith("ModelNotFoundError")
+    assert resolve_in_child(tmp_path, endpoint, wanted) == [path]
+    assert Path(path).with_name("m-00003-of-00003.gguf").read_bytes() == split["q/m-00003-of-00003.gguf"]
 
 
 def test_hub_refusals(tmp_path: Path, endpoint: str):

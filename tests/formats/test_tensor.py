@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from headrace.errors import ModelFileError, ModelNotFoundError
+from headrace.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from headrace.formats.gguf import open_gguf
-from headrace.formats.tensor import TENSOR_TYPES, Tensor, map_file
+from headrace.formats.tensor import STORED_TYPES, TENSOR_TYPES, Tensor, map_file
 
 
 def random_tensor(name: str, rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -75,6 +75,34 @@ def test_misaligned_floats_are_decoded_aligned():
     data = np.arange(9, dtype=np.uint8)[1:]
     decoded = Tensor("v", (2,), TENSOR_TYPES["F32"], data, Path("memory")).decode()
     assert decoded.flags.aligned and decoded.tobytes() == data.tobytes()
+
+
+@pytest.mark.parametrize("name", TENSOR_TYPES)
+def test_values_that_are_not_finite_are_named(name: str):
+    """The check finds what decoding would show, in each type's own scales."""
+    type = TENSOR_TYPES[name]
+    width = type.float_type
+    for seed in range(40):
+        tensor = random_tensor(name, 3, 512, seed)
+        data = tensor.data.copy().reshape(-1, type.block_bytes)
+        size = {"F32": 4, "F16": 2, "BF16": 2}[width]
+        for at in type.floats:  # finite, but for one in some
+            data[:, at + size - 1] &= 0x3F
+        tensor = Tensor("t", tensor.shape, type, data.reshape(-1), tensor.path)
+        assert np.isfinite(tensor.decode()).all() and tensor.check_weights() is tensor
+        place = seed * len(data) // 40
+        words = data[place, type.floats[seed % len(type.floats)] :][:size].view("<u4" if size == 4 else "<u2")
+        infinity, sign = {"F32": (0x7F800000, 1 << 31), "F16": (0x7C00, 1 << 15), "BF16": (0x7F80, 1 << 15)}[width]
+        words[0] = infinity | seed % 2 | sign * (seed % 3 == 0)
+        row = place * type.block // 512
+        with pytest.raises(ModelFileError, match=f"tensor t: holds a NaN or an infinity in row {row} of 3"):
+            tensor.check_weights()
+
+
+def test_types_that_are_no_weights_are_refused():
+    tensor = Tensor("codes", (2, 4), STORED_TYPES["I32"], np.zeros(32, np.uint8), Path("memory"))
+    with pytest.raises(UnsupportedModelError, match="tensor codes: weights of I32; use F32, F16"):
+        tensor.check_weights()
 
 
 def test_data_is_a_read_only_map(smollm2: Path):

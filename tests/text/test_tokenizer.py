@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from headrace.errors import RequestError
+from headrace.errors import ModelFileError, RequestError, UnsupportedModelError
+from headrace.text.pre_tokenizers import PRE_TOKENIZERS
 from headrace.text.tokenizer import Tokenizer
 
 from . import vocabularies as v
@@ -101,7 +104,7 @@ def test_byte_level_ids_equal_a_plain_model(byte_level: Tokenizer, pre: str) -> 
         assert byte_level.encode(text) == v.byte_level_ids(pre, text), text
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "smollm"])  # no tokenizer.json cuts as `default` does
+@pytest.mark.parametrize("name", [pre for pre in v.CUTS if pre != "default"])  # no tokenizer.json cuts so
 def test_byte_level_ids_equal_the_library(name: str) -> None:
     library, tokenizer = v.byte_level_library(name), Tokenizer.from_gguf(v.byte_level_metadata(name))
     for parse in (False, True):
@@ -120,7 +123,7 @@ def test_pre_types_cut_differently() -> None:
 
 def test_whole_pieces_only_where_the_pre_type_has_them(byte_level: Tokenizer, pre: str) -> None:
     unmerged = byte_level.token_id(v.UNMERGED)
-    assert (byte_level.encode(" millrace") == [unmerged]) == (pre == "llama-bpe")
+    assert (byte_level.encode(" millrace") == [unmerged]) == (pre in v.WHOLE_PIECES)
 
 
 def test_without_a_pre_type_the_default_cut() -> None:
@@ -133,7 +136,8 @@ def test_without_a_pre_type_the_default_cut() -> None:
 @example("<|im_start|>")
 def test_byte_level_round_trip(byte_level: Tokenizer, pre: str, text: str) -> None:
     ids = byte_level.encode(text)
-    assert byte_level.decode(ids, skip_special_tokens=False) == text
+    written = v.composed(text) if pre in v.COMPOSED else text
+    assert byte_level.decode(ids, skip_special_tokens=False) == written
     assert not byte_level.special_ids.intersection(ids)
 
 
@@ -172,6 +176,100 @@ def test_sentencepiece_bytes_and_ends(sentencepiece: Tokenizer, space_prefix: bo
     assert with_eos.encode("a")[-1] == 2 and not with_eos.add_bos
 
 
+def random_strings(count: int) -> list[str]:
+    """Unicode strings from all of its planes, assigned code points and not, with more of what people write."""
+    random = Random(0)
+    ranges = [(0, 0x7F)] * 6 + [(0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x5FF), (0x900, 0xDFF), (0x2000, 0x2BFF)]
+    ranges += [
+        (0x3000, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A3),
+        (0xE000, 0xFFFF),
+        (0x10000, 0x10FFFF),
+        (0x1F300, 0x1FAFF),
+    ]
+    return [
+        "".join(chr(random.randint(*random.choice(ranges))) for _ in range(random.randint(0, 60))) for _ in range(count)
+    ]
+
+
+def test_random_unicode_equals_the_library_and_round_trips(pre: str, byte_level: Tokenizer) -> None:
+    library = v.byte_level_library(pre) if pre != "default" else None
+    for text in random_strings(1000):
+        ids = byte_level.encode(text)
+        if library is not None:
+            assert ids == library.encode(text).ids, text
+        written = v.composed(text) if pre in v.COMPOSED else text
+        assert byte_level.decode(ids, skip_special_tokens=False) == written
+
+
+def test_random_unicode_round_trips_through_sentencepiece(sentencepiece: Tokenizer, space_prefix: bool) -> None:
+    for number, text in enumerate(random_strings(1000)):
+        ids = sentencepiece.encode(text)
+        assert number > 300 or ids == [1, *v.sentencepiece_ids(text, space_prefix)], text
+        assert sentencepiece.decode(ids) == text.replace("▁", " ")
+
+
+def test_every_name_of_a_cut_builds() -> None:
+    for name in PRE_TOKENIZERS:
+        tokenizer = Tokenizer.from_gguf(v.byte_level_metadata(name))
+        assert tokenizer.decode(tokenizer.encode("Größe 12345 a/b's, 你好")) == "Größe 12345 a/b's, 你好", name
+    with pytest.raises(UnsupportedModelError, match="pre is 'kimi-k9'; supported are bloom, chatglm-bpe"):
+        Tokenizer.from_gguf(v.byte_level_metadata("kimi-k9"))
+
+
+def test_phi3_drops_spaces_behind_its_control_tokens() -> None:
+    """As its tokenizer.json says; a GGUF file of the family says so by its architecture alone."""
+    phi3 = Tokenizer.from_gguf(v.sentencepiece_metadata() | {"general.architecture": "phi3"})
+    llama = Tokenizer.from_gguf(v.sentencepiece_metadata() | {"general.architecture": "llama"})
+    library = v.phi3_library()
+    for text in ("a</s>\n b", "</s>   </s>x", "<s>\n a"):
+        assert phi3.encode(text, parse_special=True) == library.encode(text).ids
+    assert phi3.encode("</s>\n b", parse_special=True) != llama.encode("</s>\n b", parse_special=True)
+
+
+# --- WordPiece
+
+
+@pytest.fixture(params=[True, False], ids=["uncased", "cased"])
+def lower(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def test_wordpiece_ids_equal_the_library(lower: bool) -> None:
+    """But for texts with U+2581, which is how GGUF marks a word's first piece."""
+    tokenizer, library = Tokenizer.from_gguf(v.wordpiece_metadata(lower)), v.wordpiece_library(lower)
+    for parse in (False, True):
+        library.encode_special_tokens = not parse
+        texts = [*v.CORPUS, *random_strings(1000), "[CLS] a [MASK] b [SEP]"]
+        for text in (text for text in texts if "▁" not in text):
+            ids = tokenizer.encode(text, parse_special=parse)
+            assert ids == library.encode(text).ids, text
+    assert tokenizer.bos_id == 3 and tokenizer.encode("") == [3, 4]
+    assert tokenizer.encode("[MASK]", add_special=False, parse_special=True) == [5]
+
+
+def test_wordpiece_text_comes_back_as_words() -> None:
+    tokenizer = Tokenizer.from_gguf(v.wordpiece_metadata(True))
+    assert tokenizer.decode(tokenizer.encode("The Quick  BROWN fox, jumps")) == "the quick brown fox , jumps"
+    cased = Tokenizer.from_gguf(v.wordpiece_metadata(False))
+    assert cased.decode(cased.encode("The quick\tbrown fox")) == "The quick brown fox"
+    assert cased.encode("the") != cased.encode("The") and tokenizer.encode("the") == tokenizer.encode("The")
+
+
+def test_wordpiece_metadata_that_is_wrong() -> None:
+    pieces = list(v.wordpiece_metadata(True)["tokenizer.ggml.tokens"])
+    for changes, problem in (
+        ({"tokens": [*pieces[:-1], "[UNK"], "unknown_token_id": len(pieces)}, "unknown_token_id"),
+        (
+            {"tokens": ["▁##qqq" if p == pieces[-1] else "qqq" if p == pieces[-2] else p for p in pieces]},
+            "are both the piece '##qqq'",
+        ),
+    ):
+        with pytest.raises(ModelFileError, match=problem):
+            Tokenizer.from_gguf(v.wordpiece_metadata(True, **changes))
+
+
 # --- folders
 
 
@@ -182,7 +280,7 @@ def save_folder(path: Path, library: Any, **options: Any) -> tuple[Tokenizer, An
     return Tokenizer.from_folder(path), transformers.AutoTokenizer.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "smollm"])
+@pytest.mark.parametrize("name", [pre for pre in v.CUTS if pre != "default"])
 def test_byte_level_folder_equals_transformers(tmp_path: Path, name: str) -> None:
     options = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     ours, theirs = save_folder(tmp_path, v.byte_level_library(name), **options)
@@ -207,6 +305,63 @@ def test_sentencepiece_folder_equals_transformers(tmp_path: Path, scheme: str) -
         assert ids == theirs(text)["input_ids"], text
         assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"], text
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("family", ["gemma", "phi3"])
+def test_families_of_sentencepiece_equal_transformers(tmp_path: Path, family: str) -> None:
+    library = {"gemma": v.gemma_library, "phi3": v.phi3_library}[family]()
+    ours, theirs = save_folder(tmp_path, library, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for text in [*v.CORPUS, *random_strings(200), "a</s>\n b"]:
+        ids = ours.encode(text, parse_special=True)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_wordpiece_folder_equals_transformers(tmp_path: Path, lower: bool) -> None:
+    names = {
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "pad_token": "[PAD]",
+    }
+    ours, theirs = save_folder(tmp_path, v.wordpiece_library(lower), **names)
+    for text in [*v.CORPUS, *random_strings(200)]:
+        ids = ours.encode(text, parse_special=True)
+        assert ids == theirs(text)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_folders_of_the_time_before_tokenizer_json(tmp_path: Path) -> None:
+    """GPT-2's and OPT's two files, and BERT's one, as transformers reads them."""
+    transformers = pytest.importorskip("transformers")
+    pieces, merges = v.trained_byte_level()
+    gpt2, bert = tmp_path / "gpt2", tmp_path / "bert"
+    for folder in (gpt2, bert):
+        folder.mkdir()
+    (gpt2 / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (gpt2 / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    names = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
+    (gpt2 / "tokenizer_config.json").write_text(json.dumps(names))
+    theirs = transformers.GPT2Tokenizer(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
+    ours = Tokenizer.from_folder(gpt2)
+    for text in v.CORPUS:
+        assert ours.encode(text, parse_special=True) == theirs(text)["input_ids"], text
+    assert ours.bos_id == 0 and not ours.add_bos
+    (gpt2 / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": True}))
+    assert Tokenizer.from_folder(gpt2).encode("a")[0] == 0
+
+    (bert / "vocab.txt").write_text("\n".join(v.trained_wordpiece(True)) + "\n")
+    theirs = transformers.BertTokenizer(str(bert / "vocab.txt"))
+    ours = Tokenizer.from_folder(bert)
+    for text in v.CORPUS:
+        assert ours.encode(text, parse_special=True) == theirs(text)["input_ids"], text
+    (bert / "vocab.txt").write_text("\n".join(v.trained_wordpiece(False)) + "\n")
+    (bert / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert Tokenizer.from_folder(bert).encode("The") != Tokenizer.from_folder(bert).encode("the")
+    (gpt2 / "merges.txt").write_text("a b c\n")
+    with pytest.raises(ModelFileError, match=r"do not fit vocab\.json"):
+        Tokenizer.from_folder(gpt2)
 
 
 # --- one face

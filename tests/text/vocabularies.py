@@ -55,23 +55,56 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # as its tokenizer.json has it: one class in another
 CUTS: Mapping[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "llama-bpe": (_LLAMA3,),
     "smollm": (r"\p{N}", _GPT2),
     "default": (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9]{3}"),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "olmo": (_GPT2,),
+    "dbrx": (_LLAMA3,),
+    "falcon": (r"[\p{P}$+<=>^`~|]+", _GPT2),
+    "bloom": (r" ?[^(\s|.,!?…。，、।۔،)]+",),
+    "tekken": (_TEKKEN,),
+    "gpt-4o": (_GPT4O,),
 }
+SPELLED_CUTS = {"falcon": (r"\p{N}+", r"[0-9]{3}")}  # of the characters that bytes are written as
+WHOLE_PIECES = ("llama-bpe", "tekken")
+COMPOSED = ("qwen2", "olmo")
 
 
 def library_cut(pre: str) -> Any:
     """The pre-tokenizer that the `tokenizers` library and the models' own tokenizer.json files have for `pre`."""
-    if pre == "gpt-2":
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelled_and_cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pre in ("gpt-2", "olmo"):
+        return spelled_and_cut
     if pre == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    assert pre == "llama-bpe"
-    split = pre_tokenizers.Split(Regex(_LLAMA3), "isolated")
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), spelled_and_cut])
+    if pre == "falcon":
+        digits = [
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+        return pre_tokenizers.Sequence([pre_tokenizers.Punctuation("contiguous"), spelled_and_cut, *digits])
+    patterns = {"llama-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2}
+    patterns |= {"tekken": _TEKKEN, "gpt-4o": _GPT4O, "bloom": _BLOOM}
+    split = pre_tokenizers.Split(Regex(patterns[pre]), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
@@ -117,7 +150,9 @@ def byte_level_library(pre: str) -> Tokenizer:
     """The same vocabulary in the `tokenizers` library, as a tokenizer.json of such a model has it."""
     pieces, merges = trained_byte_level()
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges), ignore_merges=pre in WHOLE_PIECES))
+    if pre in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = library_cut(pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(c, normalized=False, special=True) for c in CONTROLS])
@@ -134,13 +169,19 @@ def byte_level_ids(pre: str, text: str) -> list[int]:
         if part == USER:
             found.append(ids[USER])
             continue
-        for word in _cut(part, CUTS[pre]):
+        for word in _cut(composed(part) if pre in COMPOSED else part, CUTS[pre]):
             spelled = "".join(byte_alphabet()[byte] for byte in word.encode())
-            if pre == "llama-bpe" and spelled in ids:
-                found.append(ids[spelled])
-            else:
-                found += [ids[p] for p in _merged(list(spelled), lambda a, b: ranks.get((a, b)))]
+            for piece in _cut(spelled, SPELLED_CUTS.get(pre, ())):
+                if pre in WHOLE_PIECES and piece in ids:
+                    found.append(ids[piece])
+                else:
+                    found += [ids[p] for p in _merged(list(piece), lambda a, b: ranks.get((a, b)))]
     return found
+
+
+def composed(text: str) -> str:
+    """NFC as the library has it: by an older Unicode than Python's."""
+    return normalizers.NFC().normalize_str(text)
 
 
 def _cut(text: str, patterns: Iterable[str]) -> list[str]:
@@ -228,3 +269,65 @@ def sentencepiece_ids(text: str, space_prefix: bool) -> list[int]:
         for piece in _merged(list(spelled), lambda a, b: -scores[ids[a + b]] if ids.get(a + b, 0) > 258 else None):
             found += [ids[piece]] if piece in ids else [3 + byte for byte in piece.encode()]
     return found
+
+
+@cache
+def trained_wordpiece(lower: bool) -> tuple[str, ...]:
+    """Pieces by id, as BERT's vocab.txt has them: [PAD], an unused one, [UNK] [CLS] [SEP] [MASK], letters, pieces."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    heads = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=700, show_progress=False, limit_alphabet=300, special_tokens=heads)
+    tokenizer.train_from_iterator(TRAINING, trainer)
+    vocab = tokenizer.get_vocab()
+    return tuple(sorted(vocab, key=vocab.__getitem__))
+
+
+def wordpiece_metadata(lower: bool, **changes: Any) -> dict[str, Any]:
+    """As converters write it: a word's first piece with a phantom space, the others bare."""
+    pieces = trained_wordpiece(lower)
+    tokens = [p if p.startswith("[") and p.endswith("]") else p[2:] if p.startswith("##") else f"▁{p}" for p in pieces]
+    metadata = {
+        "model": "bert",
+        "pre": "default",
+        "tokens": tokens,
+        "token_type": [CONTROL, NORMAL, UNKNOWN, CONTROL, CONTROL, CONTROL, *[NORMAL] * (len(pieces) - 6)],
+        "scores": [-1000.0] * len(pieces),
+        "unknown_token_id": 2,
+        "cls_token_id": 3,
+        "seperator_token_id": 4,
+        "mask_token_id": 5,
+        "padding_token_id": 0,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items()}
+
+
+def wordpiece_library(lower: bool) -> Tokenizer:
+    pieces = trained_wordpiece(lower)
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece("##", cleanup=False)
+    tokenizer.add_special_tokens(
+        [AddedToken(p, normalized=False, special=True) for p in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]
+    )
+    ends = [("[CLS]", 3), ("[SEP]", 4)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return tokenizer
+
+
+def gemma_library() -> Tokenizer:
+    """SentencePiece as Gemma's tokenizer.json has it: no space before the text, cut before spaces, byte fallback."""
+    tokenizer = sentencepiece_library("never")
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    return tokenizer
+
+
+def phi3_library() -> Tokenizer:
+    """SentencePiece as Phi-3's tokenizer.json has it: spaces behind its own control tokens are dropped."""
+    tokenizer = sentencepiece_library("normalizer")
+    tokenizer.add_special_tokens([AddedToken("</s>", normalized=False, special=True, rstrip=True)])
+    return tokenizer

@@ -24,6 +24,7 @@ from typing import IO
 from ..errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from ..processes import die_with_parent
 from .aliases import WheelSource
+from .names import part_names
 from .safetensors import PICKLE_REFUSAL, PICKLE_SUFFIXES
 
 _COPY_BYTES = 1 << 20
@@ -169,7 +170,7 @@ def _progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], No
 
 
 def fetch_repository(repo: str, file: str | None, folder: Path, progress: bool) -> None:
-    """Fetch a Hub repository's model files, or one GGUF file of it, into `folder`, through huggingface_hub.
+    """Fetch a Hub repository's model files, or one GGUF file of it with all its parts, into `folder`.
 
     Raises ModelNotFoundError where it is not there or out of reach, UnsupportedModelError where it has only pickles.
     """
@@ -191,7 +192,10 @@ def _one_file(repo: str, listing: list[str], file: str) -> list[str]:
     if file not in listing:
         ggufs = [entry for entry in listing if entry.endswith(".gguf")]
         raise ModelNotFoundError(f"hf:{repo} has no file {file}; its GGUF files: {', '.join(ggufs[:20]) or 'none'}")
-    return [file]
+    parts = part_names(file)
+    if missing := set(parts).difference(listing):
+        raise ModelNotFoundError(f"hf:{repo} lacks {len(missing)} of {len(parts)} parts of {file}: {min(missing)}")
+    return parts
 
 
 def _model_files(repo: str, listing: list[str]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFileError, UnsupportedModelError
+from .names import inside, part_names
 from .tensor import TENSOR_TYPES, Tensor, TensorType, make_tensor, map_file
 
 MAX_METADATA_BYTES = 128 << 20  # as Python objects they take up to 8 times as much
@@ -72,19 +73,57 @@ class GGUFFile:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Read the header of a GGUF file and map its tensors.
+    """Read the header of a GGUF file and map its tensors. Of a split one, any part opens the whole.
 
-    Raises ModelNotFoundError where there is no such file, ModelFileError where it is malformed, UnsupportedModelError
-    for a tensor type that Headrace does not know and for one part of a split model.
+    Raises ModelNotFoundError where there is no such file, ModelFileError where it is malformed or a part is missing,
+    UnsupportedModelError for a tensor type that Headrace does not know.
     """
     path = Path(path)
-    file = map_file(path)
-    header = _Header(path, file)
+    file = _open_file(path)
+    count = file.metadata.get("split.count", 0)
+    if type(count) is not int or count < 0:
+        raise ModelFileError(path, "split.count", f"must be a number of parts, got {count!r:.80}")
+    return file if count < 2 else _join(file, count)
+
+
+def _open_file(path: Path) -> GGUFFile:
+    header = _Header(path, map_file(path))
     tensor_count, metadata_count = header.counts()
     metadata = header.metadata(metadata_count)
-    if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise UnsupportedModelError(f"{path}: is one of {parts} parts of a split model; merge them into one file first")
     return GGUFFile(path, metadata, header.tensors(tensor_count, _alignment(path, metadata)))
+
+
+def _join(file: GGUFFile, count: int) -> GGUFFile:
+    """All parts of a split model as one file: the first one's metadata, and every part's tensors."""
+    path, names = file.path, part_names(file.path.name)
+    if len(names) != count:
+        problem = (
+            f"is {count}, but the name says {len(names)}; keep the parts' own names (...-00001-of-{count:05d}.gguf)"
+        )
+        raise ModelFileError(path, "split.count", problem)
+    if missing := [name for name in names if not path.with_name(name).exists()]:
+        problem = (
+            f"{len(missing)} of {count} parts are not in {path.parent}, the first is {missing[0]}; pull them again"
+        )
+        raise ModelFileError(path, "split.count", problem)
+    parts = [_open_file(inside(path.parent, name)) for name in names]
+    tensors: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        place = (part.metadata.get("split.no"), part.metadata.get("split.count"))
+        if place != (number, count):
+            raise ModelFileError(
+                part.path, "split.no", f"is part {place[0]} of {place[1]}, named as {number} of {count}"
+            )
+        for name, tensor in part.tensors.items():
+            if name in tensors:
+                raise ModelFileError(part.path, f"tensor {name}", f"is in {tensors[name].path.name} too")
+            tensors[name] = tensor
+    total = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise ModelFileError(
+            path, "split.tensors.count", f"is {total!r:.80}, and the parts hold {len(tensors)} tensors"
+        )
+    return GGUFFile(parts[0].path, parts[0].metadata, tensors)
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:

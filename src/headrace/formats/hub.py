@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from .aliases import ALIASES, DEFAULT_MODEL
+from .names import part_names
 from .safetensors import PICKLE_REFUSAL, PICKLE_SUFFIXES
 
 __all__ = ["ALIASES", "DEFAULT_MODEL", "cache_dir", "pull", "resolve"]
@@ -83,10 +84,11 @@ def _pull_repository(repo: str, file: str | None, progress: bool) -> Path:
         raise ModelNotFoundError(f"hf:{repo}:{file} must name a .gguf file of the repository")
     folder = cache_dir() / "hf" / repo.replace("/", "--")
     # A whole repository is there when the sign is, which is written after the last file.
-    target, sign = (folder, folder / ".complete") if file is None else (folder / file, folder / file)
-    if not sign.exists():
+    sign = folder / ".complete"
+    if not (sign.exists() if file is None else all((folder / part).exists() for part in part_names(file))):
         from .fetch import fetch_repository
 
         fetch_repository(repo, file, folder, progress)
-        sign.touch()
-    return target
+        if file is None:
+            sign.touch()
+    return folder if file is None else folder / file

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from .names import inside
 from .tensor import STORED_TYPES, Tensor, make_tensor, map_file
 
 MAX_HEADER_BYTES = 100_000_000
@@ -53,12 +54,12 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
     if not path.is_dir():
         return _open_file(path)
     if (path / SINGLE_NAME).exists():
-        return _open_file(_inside(path, SINGLE_NAME))
+        return _open_file(inside(path, SINGLE_NAME))
     if (path / INDEX_NAME).exists():
         return _open_shards(path)
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
-        return _open_file(_inside(path, files[0].name))
+        return _open_file(inside(path, files[0].name))
     if files:
         raise ModelNotFoundError(
             f"{path}: has {len(files)} .safetensors files but no {INDEX_NAME} that says what is where"
@@ -189,13 +190,13 @@ def _tensor(path: Path, file: np.ndarray, name: str, entry: dict[str, Any], star
 
 
 def _open_shards(folder: Path) -> SafetensorsFile:
-    index_path = _inside(folder, INDEX_NAME)
+    index_path = inside(folder, INDEX_NAME)
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelFileError(index_path, "weight_map", "must be an object of file names by tensor")
     shards: dict[str, SafetensorsFile] = {}
     for name in sorted(set(weight_map.values())):
-        if not (shard := _inside(folder, name)).exists():
+        if not (shard := inside(folder, name)).exists():
             raise ModelFileError(
                 index_path, "weight_map", f"names the shard {name}, which is not in {folder}; pull the model again"
             )
@@ -207,17 +208,3 @@ def _open_shards(folder: Path) -> SafetensorsFile:
     return SafetensorsFile(
         folder, {key: text for shard in shards.values() for key, text in shard.metadata.items()}, tensors
     )
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder. What leads out of it is refused, but for the blobs of a Hugging Face cache."""
-    root = folder.resolve()
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not name or Path(name).name != name or "\0" in name or not name.endswith((".safetensors", ".json")):
-        raise ModelFileError(
-            folder, f"file name {name!r:.200}", "must be the plain name of a .safetensors file in the model's folder"
-        )
-    target = (root / name).resolve()
-    if target.parent not in (root, blobs):
-        raise ModelFileError(folder / name, "file", f"leads out of its folder, to {target}")
-    return folder / name

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelFileError, UnsupportedModelError
 from .parts import Spelling, TokenizerParts, set_ends
+from .wordpiece import CONTINUED, wordpiece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -26,8 +27,9 @@ def read_folder(folder: Path) -> TokenizerParts:
     config = _read_json(folder / "tokenizer_config.json")
     names = _read_json(folder / "special_tokens_map.json") | config
     generation = _read_json(folder / "generation_config.json")
-    backend = _load_backend(folder / "tokenizer.json")
-    spelling, strips, byte_fallback = _decoding(backend, folder / "tokenizer.json")
+    file = folder / "tokenizer.json"
+    backend = _load_backend(file) if file.is_file() else _older_backend(folder, names)
+    spelling, strips, byte_fallback = _decoding(backend, file)
     added = backend.get_added_tokens_decoder()
     bos = _token_id(backend, folder, names, "bos_token")
     eos = _token_id(backend, folder, names, "eos_token")
@@ -54,11 +56,11 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(_read_bytes(path, MAX_CONFIG_BYTES))
+        value = json.loads(_read_bytes(path, limit))
     except (ValueError, RecursionError) as error:
         raise ModelFileError(path, "JSON", f"cannot be read: {error}") from None
     if not isinstance(value, dict):
@@ -69,10 +71,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_backend(path: Path) -> Backend:
     from tokenizers import Tokenizer
 
-    if not path.is_file():
-        raise ModelFileError(
-            path, "file", "is missing; save the tokenizer again in the fast format, which writes tokenizer.json"
-        )
     try:
         backend = Tokenizer.from_buffer(_read_bytes(path, MAX_TOKENIZER_BYTES))
     except Exception as error:  # the library's errors have no type of their own
@@ -82,6 +80,48 @@ def _load_backend(path: Path) -> Backend:
     return backend
 
 
+def _older_backend(folder: Path, names: Mapping[str, Any]) -> Backend:
+    """A tokenizer from the files of the time before tokenizer.json: GPT-2's vocab.json and merges.txt, or BERT's
+    vocab.txt. `names` are of special tokens, which those files do not mark."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    words, merges, pieces = (folder / name for name in ("vocab.json", "merges.txt", "vocab.txt"))
+    if words.is_file() and merges.is_file():
+        lines = _read_bytes(merges, MAX_TOKENIZER_BYTES).decode("utf-8", "replace").split("\n")
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        vocab = _read_json(words, MAX_TOKENIZER_BYTES)
+        try:
+            backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs))  # type: ignore[arg-type]
+        except Exception as error:  # the library's errors have no type of their own
+            raise ModelFileError(merges, "merges", f"do not fit {words.name}: {error}") from None
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(names.get("add_prefix_space")))
+        backend.decoder = decoders.ByteLevel()
+    elif pieces.is_file():
+        lines = _read_bytes(pieces, MAX_TOKENIZER_BYTES).decode("utf-8", "replace").rstrip("\n").split("\n")
+        vocab = {line.rstrip("\r"): i for i, line in enumerate(lines)}
+        unknown = _text(names.get("unk_token"), "[UNK]")
+        lower, accents = names.get("do_lower_case", True) is not False, names.get("strip_accents")
+        backend = wordpiece(vocab, unknown, lower, None if accents is None else not accents)
+        backend.decoder = decoders.WordPiece(CONTINUED)
+        ends = {name: _text(names.get(f"{name}_token"), f"[{name.upper()}]") for name in ("cls", "sep")}
+        set_ends(backend, vocab.get(ends["cls"]), vocab.get(ends["sep"]))
+    else:
+        raise ModelFileError(
+            folder / "tokenizer.json",
+            "file",
+            "is missing; save the tokenizer again in the fast format, which writes tokenizer.json",
+        )
+    marked = (_text(value, "") for name, value in names.items() if name.endswith("_token"))
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in marked if name in vocab])
+    return backend
+
+
+def _text(name: Any, default: str) -> str:
+    """A special token's name, which may be an object with a content."""
+    name = name.get("content") if isinstance(name, dict) else name
+    return name if isinstance(name, str) else default
+
+
 def _decoding(backend: Backend, path: Path) -> tuple[Spelling, bool, bool]:
     """How pieces spell text: (spelling, whether the first space goes, whether <0xHH> pieces are bytes)."""
     state: dict[str, Any] = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"}
@@ -89,6 +129,8 @@ def _decoding(backend: Backend, path: Path) -> tuple[Spelling, bool, bool]:
     kinds = set(steps)
     if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}:
         return "byte-level", False, False
+    if kinds == {"WordPiece"} and steps["WordPiece"].get("prefix") == CONTINUED:
+        return "wordpiece", True, False
     if "Metaspace" in kinds and kinds <= {"Metaspace", "ByteFallback", "Fuse"}:
         return "sentencepiece", steps["Metaspace"].get("prepend_scheme") != "never", "ByteFallback" in kinds
     if "Replace" in kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
@@ -98,7 +140,7 @@ def _decoding(backend: Backend, path: Path) -> tuple[Spelling, bool, bool]:
             return "sentencepiece", strip is not None, "ByteFallback" in kinds
     raise UnsupportedModelError(
         f"{path}: its decoder is {' + '.join(sorted(kinds))}; supported are ByteLevel, Metaspace, "
-        "and Replace('▁', ' ') with ByteFallback, Fuse and Strip of one space"
+        "WordPiece, and Replace('▁', ' ') with ByteFallback, Fuse and Strip of one space"
     )
 
 

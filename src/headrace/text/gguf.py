@@ -1,14 +1,17 @@
-"""A tokenizer from GGUF metadata: byte-level BPE (`gpt2`) and SentencePiece-style BPE with byte fallback (`llama`)."""
+"""A tokenizer from GGUF metadata: byte-level BPE (`gpt2`), SentencePiece's BPE with byte fallback (`llama`), and
+WordPiece (`bert`)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import repeat
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import groupby, repeat
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelFileError, UnsupportedModelError
-from .parts import TokenizerParts, set_ends
+from .parts import Spelling, TokenizerParts, set_ends
+from .pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from .wordpiece import CONTINUED, wordpiece
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -17,49 +20,36 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token
 MAX_VOCAB = 4_000_000
 MAX_PIECE_CHARS = 4096
 
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class PreTokenizer(NamedTuple):
-    """How text is cut before merging: each pattern in turn isolates its matches in the pieces left by the last."""
-
-    splits: tuple[str, ...]
-    whole_pieces: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
-    add_bos: bool = False  # where the file does not say
-
-
-# tokenizer.ggml.pre names the pattern; the file does not hold it. These are llama.cpp's.
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer((_GPT2_SPLIT,)),
-    "llama-bpe": PreTokenizer((_LLAMA3_SPLIT,), whole_pieces=True, add_bos=True),
-    "smollm": PreTokenizer((r"\p{N}", _GPT2_SPLIT)),
-}
+_SPELLINGS: Mapping[Any, Spelling] = {"gpt2": "byte-level", "llama": "sentencepiece", "bert": "wordpiece"}
 
 
 def read_gguf(metadata: Mapping[str, Any], path: object) -> TokenizerParts:
     """Build the tokenizer that `tokenizer.*` describes. Raises ModelFileError (malformed) or UnsupportedModelError."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise UnsupportedModelError(f"{path}: tokenizer.ggml.model is {kind!r}; supported are 'gpt2' and 'llama'")
+    if not isinstance(kind, str) or kind not in _SPELLINGS:
+        raise UnsupportedModelError(
+            f"{path}: tokenizer.ggml.model is {kind!r:.80}; supported are {', '.join(map(repr, _SPELLINGS))}"
+        )
     vocab = _Vocabulary(metadata, path)
+    bos, *ends = (vocab.special_id(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
+    last, strips, adds_last = ends[0], False, vocab.flag("add_eos_token", default=False)
     if kind == "gpt2":
         pre = _pre_tokenizer(metadata, path)
-        backend, strips, bos_default = _byte_level(vocab, pre), False, pre.add_bos
-    else:
+        backend, adds_bos = _byte_level(vocab, pre), pre.add_bos
+    elif kind == "llama":
         strips = vocab.flag("add_space_prefix", default=True)
-        backend, bos_default = _sentencepiece(vocab, strips), True
-    _add_tokens(vocab, backend)
-    bos, *ends = (vocab.special_id(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
-    adds_bos, adds_eos = vocab.flag("add_bos_token", default=bos_default), vocab.flag("add_eos_token", default=False)
-    set_ends(backend, bos if adds_bos else None, ends[0] if adds_eos else None)
+        backend, adds_bos = _sentencepiece(vocab, strips), True
+    else:  # [CLS] text [SEP]; the separator is spelled so in the format
+        backend, adds_bos, strips = _wordpiece(vocab), True, True
+        bos = next((i for i in (vocab.special_id("cls_token_id"), bos, vocab.ids.get("[CLS]")) if i is not None), None)
+        last = vocab.special_id("seperator_token_id")
+        last = vocab.ids.get("[SEP]") if last is None else last
+        adds_last = vocab.flag("add_sep_token", default=True)
+    _add_tokens(vocab, backend, _takes_spaces(vocab) if kind == "llama" else frozenset())
+    set_ends(backend, bos if vocab.flag("add_bos_token", default=adds_bos) else None, last if adds_last else None)
     return TokenizerParts(
         backend=backend,
-        spelling="byte-level" if kind == "gpt2" else "sentencepiece",
+        spelling=_SPELLINGS[kind],
         strips_first_space=strips,
         special_ids=frozenset((*vocab.of_type(CONTROL), *vocab.of_type(UNKNOWN))),
         user_ids=frozenset(vocab.of_type(USER_DEFINED)),
@@ -132,6 +122,13 @@ class _Vocabulary:
         return self._marked[kind]
 
 
+def _takes_spaces(vocab: _Vocabulary) -> frozenset[str]:
+    """Control tokens behind which spaces are dropped. Phi-3's tokenizer.json says so; GGUF has no field for it."""
+    if vocab.metadata.get("general.architecture") != "phi3":
+        return frozenset()
+    return frozenset(vocab.pieces[i] for i in vocab.of_type(CONTROL)) - {"<unk>", "<s>", "<|endoftext|>"}
+
+
 def _pre_tokenizer(metadata: Mapping[str, Any], path: object) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
@@ -142,7 +139,7 @@ def _pre_tokenizer(metadata: Mapping[str, Any], path: object) -> PreTokenizer:
 
 
 def _byte_level(vocab: _Vocabulary, pre: PreTokenizer) -> Backend:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     merges = _listed_merges(vocab)
     try:
@@ -150,9 +147,14 @@ def _byte_level(vocab: _Vocabulary, pre: PreTokenizer) -> Backend:
     except Exception:  # the library's own error has no type and names no merge
         raise _bad_merge(vocab, merges) from None
     backend = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.splits]
+    before, after = (
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        for patterns in (pre.splits, pre.spelled_splits)
+    )
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, spell])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, spell, *after])
+    if pre.composed:
+        backend.normalizer = normalizers.NFC()
     return backend
 
 
@@ -208,15 +210,38 @@ def _ranked_merges(vocab: _Vocabulary) -> list[tuple[str, str]]:
     scores, pieces = vocab.scores, vocab.pieces
     if any(score != score for score in scores):
         raise vocab.error("scores", "holds a value that is not a number")
-    ranked = []
-    for i, piece in enumerate(pieces):
-        if piece in ordinary:
+    made = [i for i, piece in enumerate(pieces) if len(piece) > 1 and piece in ordinary]
+    made.sort(key=scores.__getitem__, reverse=True)
+    merges: list[tuple[str, str]] = []
+    for _, alike in groupby(made, scores.__getitem__):
+        found = []
+        for i in alike:
+            piece = pieces[i]
             for cut in range(len(piece) - 1, 0, -1):
-                left, right = piece[:cut], piece[cut:]
-                if left in ordinary and right in ordinary:
-                    ranked.append((-scores[i], -cut, cut - len(piece), i, left, right))
-    ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
+                if piece[:cut] in ordinary and (right := piece[cut:]) in ordinary:
+                    found.append((-cut, cut - len(piece), i, piece[:cut], right))
+        if len(found) > 1:
+            found.sort()
+        merges += [pair[3:] for pair in found]
+    return merges
+
+
+def _wordpiece(vocab: _Vocabulary) -> Backend:
+    """GGUF marks the first piece of a word with ▁ and leaves the others bare; WordPiece marks the others with ##."""
+    bare = {*vocab.of_type(CONTROL), *vocab.of_type(UNKNOWN), *vocab.of_type(USER_DEFINED)}
+    bare |= {i for i, piece in enumerate(vocab.pieces) if piece.startswith("[") and piece.endswith("]")}
+    pieces: dict[str, int] = {}
+    for i, piece in enumerate(vocab.pieces):
+        name = piece if i in bare else piece[1:] if piece.startswith("▁") else f"{CONTINUED}{piece}"
+        if pieces.setdefault(name, i) != i:
+            raise vocab.error("tokens", f"token {pieces[name]} and token {i} are both the piece {name!r:.80}")
+    unknown = vocab.special_id("unknown_token_id")
+    unknown = "[UNK]" if unknown is None else vocab.pieces[unknown]
+    if unknown not in pieces:
+        raise vocab.error("tokens", f"has no unknown token {unknown!r:.80}")
+    # The file does not say whether text is to be in lower case; a vocabulary without a capital letter does.
+    lower = not any(piece != piece.lower() for i, piece in enumerate(vocab.pieces) if i not in bare)
+    return wordpiece(pieces, unknown, lower)
 
 
 def _byte_ids(vocab: _Vocabulary) -> dict[int, int]:
@@ -225,12 +250,14 @@ def _byte_ids(vocab: _Vocabulary) -> dict[int, int]:
     return {i: spelled[vocab.pieces[i]] for i in vocab.of_type(BYTE) if vocab.pieces[i] in spelled}
 
 
-def _add_tokens(vocab: _Vocabulary, backend: Backend) -> None:
-    """Control tokens are found in text only when asked for; user-defined ones always. Both are found whole."""
+def _add_tokens(vocab: _Vocabulary, backend: Backend, take_spaces: frozenset[str]) -> None:
+    """Control tokens are found in text only when asked for; user-defined ones always. Both are found whole, some with
+    the spaces behind them."""
     from tokenizers import AddedToken
 
     def added(kind: int, special: bool) -> list[AddedToken]:
-        return [AddedToken(vocab.pieces[i], normalized=False, special=special) for i in vocab.of_type(kind)]
+        pieces = [vocab.pieces[i] for i in vocab.of_type(kind)]
+        return [AddedToken(p, normalized=False, special=special, rstrip=p in take_spaces) for p in pieces]
 
     backend.add_special_tokens(added(UNKNOWN, True) + added(CONTROL, True))
     backend.add_tokens(added(USER_DEFINED, False))

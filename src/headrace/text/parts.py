@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-Spelling = Literal["byte-level", "sentencepiece"]
+Spelling = Literal["byte-level", "sentencepiece", "wordpiece"]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..errors import RequestError
 from .folder import read_folder
 from .gguf import read_gguf
 from .parts import TokenizerParts
+from .wordpiece import CONTINUED
 
 # Tokens that end a turn or a text in the chat formats in use. A file names one or two of them at most, so a special
 # token spelled like this ends generation even where the file does not say so.
@@ -112,6 +113,7 @@ class TokenBytes(dict[int, bytes]):
         super().__init__()
         self._spell = parts.backend.id_to_token
         self._byte_level = byte_alphabet() if parts.spelling == "byte-level" else None
+        self._words = parts.spelling == "wordpiece"
         self._byte_ids = parts.byte_ids
         self._literal = parts.special_ids | parts.user_ids
         self._skipped = parts.special_ids if skip_special else frozenset()
@@ -128,6 +130,8 @@ class TokenBytes(dict[int, bytes]):
             return bytes((self._byte_ids[token],))
         if token in self._literal:
             return piece.encode()
+        if self._words:
+            return (piece[len(CONTINUED) :] if piece.startswith(CONTINUED) else f" {piece}").encode()
         if self._byte_level is None:
             return piece.replace("▁", " ").encode()
         try:
