@@ -194,6 +194,8 @@ def test_tokens_and_back(server: ServerProcess, offline: LLM) -> None:
         == chat["count"]
     )
     info = ok(server.call("GET", "/tokenizer_info"))
+    eos = ok(server.post("/tokenize", {"prompt": info["eos_token"], "add_special_tokens": False}))["tokens"]
+    assert len(eos) == 1 and eos[0] in info["eos_token_ids"]
     assert info["vocab_size"] == offline.spec.vocab_size and info["chat_template"]
 
 

@@ -212,7 +212,11 @@ class Server:
         if body.messages is not None:
             ids = await asyncio.to_thread(llm.ready().chat_ids, body.messages)
         else:
-            ids = await asyncio.to_thread(llm.tokenizer.encode, body.prompt or "", add_special=body.add_special_tokens)
+            text, tokenizer = body.prompt or "", llm.tokenizer
+            special = tokenizer.token_id(text) in tokenizer.special_ids  # a prompt that is nothing but its name
+            ids = await asyncio.to_thread(
+                tokenizer.encode, text, add_special=body.add_special_tokens, parse_special=special
+            )
         answer: dict[str, Any] = {"count": len(ids), "max_model_len": llm.config.max_context, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [llm.tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]

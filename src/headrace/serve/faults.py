@@ -39,7 +39,6 @@ _KINDS = {
     408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
-    504: "timeout_error",
 }
 
 
@@ -63,4 +62,4 @@ def left() -> Fault:
 
 
 def deadline_fault() -> Fault:
-    return Fault(504, "the request's deadline passed before it was complete", code="deadline_exceeded")
+    return Fault(408, "the request's deadline passed before it was complete", code="deadline_exceeded")

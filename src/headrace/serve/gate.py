@@ -94,7 +94,8 @@ class Gate:
 
     def _answer(self, call: Call, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = Fault(error.status_code, f"{call.method} {call.path[:200]}: {error.detail.lower()}")
+            message = f"{call.method} {call.path[:200]}: {error.detail.lower()}"
+            error = Fault(error.status_code, message, headers=dict(error.headers or {}))
         fault = fault_of(error)
         if fault.status == 500 and not isinstance(error, Fault):
             log.error("failed", extra={"facts": call.facts()}, exc_info=error)

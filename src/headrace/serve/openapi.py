@@ -41,14 +41,13 @@ _ERRORS = {
     "401": "A key is needed.",
     "403": "Not allowed.",
     "404": "No such model or route.",
-    "408": "The body did not come in time.",
+    "408": "The body did not come in time, or the deadline passed.",
     "409": "In conflict with what is loaded.",
     "413": "The body is too large.",
     "415": "The body's encoding is not supported.",
     "429": "The queue is full.",
     "500": "The server failed.",
     "503": "The model is loading, stopped or going down.",
-    "504": "The deadline passed.",
 }
 
 
@@ -62,7 +61,7 @@ def document() -> dict[str, Any]:
     for path, (kind, text, streams) in _POSTS.items():
         content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
         if streams:
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = {}
         paths[path] = {
             "post": {
                 "summary": text,
