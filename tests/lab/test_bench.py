@@ -73,7 +73,7 @@ class Clock:
         assert params.ignore_eos and params.temperature == 0
         self.prompts += prompts
         self.now += sum(map(len, prompts)) + 10 * (params.max_tokens - 1)
-        timings = SimpleNamespace(preemptions=self.preemptions)
+        timings = SimpleNamespace(preemptions=self.preemptions, decode=10 * (params.max_tokens - 1))
         return [SimpleNamespace(timings=timings, token_ids=[0] * (params.max_tokens - self.short)) for _ in prompts]
 
 
@@ -89,7 +89,7 @@ def test_a_run_that_is_not_what_it_says_is_refused():
     (test,) = parse_tests("tg4")
     with pytest.raises(CapacityError, match="preempted"):
         bench._time(Clock(preemptions=1), test, random.Random(0))  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="0 tokens came back where 1 were"):
+    with pytest.raises(RequestError, match="4 tokens came back where 5 were"):
         bench._time(Clock(short=1), test, random.Random(0))  # type: ignore[arg-type]
 
 

@@ -213,11 +213,13 @@ def _peak_resident_bytes() -> int:
 
 
 def _time(llm: LLM, test: Test, rng: random.Random) -> float:
-    """Seconds that count: to the first token, or for `new` tokens after it (a run of new + 1 tokens less one of 1)."""
-    first = _generate(llm, test, 1, rng)
+    """Seconds that count: to the first token, or for `new` tokens after it. A batch's first tokens do not come at once:
+    its seconds are those of a run of new + 1 tokens less those of one of 1."""
     if not test.new:
-        return first
-    seconds = _generate(llm, test, test.new + 1, rng) - first
+        return _generate(llm, test, 1, rng)[0]
+    if test.batch == 1:
+        return _generate(llm, test, test.new + 1, rng)[1][0].timings.decode
+    seconds = _generate(llm, test, test.new + 1, rng)[0] - _generate(llm, test, 1, rng)[0]
     if seconds <= 0:
         raise RequestError(
             f"{test.name} took less time than its prefill alone: the machine is too noisy to measure now"
@@ -225,14 +227,14 @@ def _time(llm: LLM, test: Test, rng: random.Random) -> float:
     return seconds
 
 
-def _generate(llm: LLM, test: Test, new: int, rng: random.Random) -> float:
+def _generate(llm: LLM, test: Test, new: int, rng: random.Random) -> tuple[float, list[Output]]:
     prompts = [[rng.randrange(llm.spec.vocab_size) for _ in range(test.prompt)] for _ in range(test.batch)]
     started = time.perf_counter()
     outputs = llm.generate(prompts, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True))
     seconds = time.perf_counter() - started
     for output in outputs:
         _check(test, output, new)
-    return seconds
+    return seconds, outputs
 
 
 def _check(test: Test, output: Output, new: int) -> None:

@@ -25,6 +25,7 @@ PAGE_SIZE = 32
 MAX_ROWS = 2048
 MAX_CONTEXT = 1 << 15
 WARM_UP = 2  # steps
+PREFILL = 256  # tokens of a step that fills pages
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,27 @@ class _Bench:
         self.groups = decoder.kv_groups
         sizes = (model.spec.kv_heads, model.spec.head_dim, self.resolved.kv_dtype)
         caches = [ops.kv_cache(len(group.layers), rows * pages + 1, PAGE_SIZE, *sizes) for group in self.groups]
-        limits = Limits(rows=rows, logits=rows, chunks=rows, sequences=rows, pages=(pages,) * len(caches))
+        most = max(rows, PREFILL)
+        limits = Limits(rows=most, logits=rows, chunks=rows, sequences=rows, pages=(pages,) * len(caches))
         self.program: NativeProgram = ops.capture(lambda batch: decoder.forward(ops, batch, caches), limits)
         ops.finish_packing()
         self.pages = 1 + np.arange(rows * pages, dtype=np.int32).reshape(rows, pages)
+        self._fill(caches, context)
+
+    def _fill(self, caches: list[list[Any]], context: int) -> None:
+        """Give every sequence keys and values: pages never written are all one page of zeros, which stays in cache."""
+        none = np.zeros(0, np.int32)
+        for start in range(0, context, PREFILL):
+            positions = np.arange(start, min(context, start + PREFILL), dtype=np.int32)
+            table = self.pages[:1, : positions[-1] // PAGE_SIZE + 1].copy()
+            slots = table[0, positions // PAGE_SIZE].astype(np.int64) * PAGE_SIZE + positions % PAGE_SIZE
+            ends = np.array([0, len(positions)], np.int32)
+            groups = [KVGroupBatch(slots, table) for _ in caches]
+            self.program.submit(positions % 1000, positions, ends, none, groups, np.zeros(0, SAMPLE)).result()
+        for cache in caches:
+            for row in self.pages[1:]:
+                for source, target in zip(self.pages[0].tolist(), row.tolist(), strict=True):
+                    self.ops.copy_page(cache, source, target)
 
     def step(self, rows: int, context: int) -> list[float]:
         """Seconds of each instruction."""
