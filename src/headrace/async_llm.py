@@ -45,6 +45,7 @@ State = Literal["new", "loading", "ready", "restarting", "dead", "closed"]
 
 LOOK_SECONDS = 0.1  # between looks at the engine's process
 STOPPED_SECONDS = 0.2  # a stopped process with work is given this long to be continued, one without work ten times that
+FROZEN_SECONDS = 1.0  # between two looks: this process stood still itself, so nothing is known of the other
 IDLE_SECONDS = 3.0  # a process with work that says nothing and uses no CPU
 SILENT_SECONDS = 120.0  # a process with work that says nothing, however busy
 MAX_DEATHS = 4  # engines that may die under a request that makes no progress in between, before it is refused
@@ -292,14 +293,18 @@ class AsyncLLM:
     async def _watch(self) -> EngineDeadError:
         """Why the engine is no more: its process died, or makes no progress with the work that it has."""
         assert self._engine is not None and self._end is not None
-        stopped, moved, marks = 0.0, time.monotonic(), (0.0, 0.0)
+        stopped, marks = 0.0, (0.0, 0.0)
+        moved = before = time.monotonic()
         while True:
             await asyncio.wait([self._end], timeout=LOOK_SECONDS)
             now = time.monotonic()
             if self._end.done():
                 return self._end.result()
-            if not self._live:
+            frozen, before = now - before > FROZEN_SECONDS, now
+            if frozen or not self._live:
                 self._heard = now
+            if frozen:
+                moved, stopped = now, 0.0
             signs = self._engine.vital_signs()
             halted, used = signs or (False, now)  # where nobody can say, it is taken to be busy
             stopped = stopped + LOOK_SECONDS if halted else 0.0

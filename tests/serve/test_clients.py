@@ -170,3 +170,26 @@ def test_curl(server: ServerProcess, expected: str) -> None:
     assert lines[-2:] == ["data: [DONE]", ""]
     pieces = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content", "") for line in lines[:-2]]
     assert "".join(pieces) == expected
+
+
+def test_guidellm(server: ServerProcess, tmp_path: Path) -> None:
+    need("guidellm")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once upon a time"}\n{"prompt": "Name three rivers"}\n')
+    command = [str(Path(PYTHON).with_name("guidellm")), "run", "--disable-console-interactive"]
+    for option in (
+        f"backend kind=openai_http,target={server.url},model=smol",
+        "profile kind=concurrent,streams=2",
+        "constraint kind=max_requests,count=2",
+        f"data kind=json_file,path={tmp_path / 'prompts.jsonl'}",
+        f"output kind=json,path={tmp_path / 'report.json'}",
+    ):
+        name, value = option.split(" ")
+        command += [f"--{name}", value]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
+    totals = benchmark["metrics"]["request_totals"]
+    assert totals["successful"] == 2 and not totals["errored"], totals
