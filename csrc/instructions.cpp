@@ -317,9 +317,11 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
         worker.barrier();
     }
     if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
-    const int count = int(units.units.size()), piece = worker.apart() ? count : std::max(1, count / (worker.count() * 16));
-    for (int i; (i = worker.claim()) * piece < count;)
-        for (int unit = i * piece; unit < std::min(count, (i + 1) * piece); ++unit) attend(program, step, worker, units, unit, unit + 1 < std::min(count, (i + 1) * piece));
+    const int count = int(units.units.size());
+    if (count == 0) return;
+    each_stretch(1, count, count, worker, [&](int, int first, int past) {
+        for (int unit = first; unit < past; ++unit) attend(program, step, worker, units, unit, unit + 1 < past);
+    });
 }
 
 void Attention::write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const {
