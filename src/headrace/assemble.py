@@ -16,13 +16,13 @@ from .formats.safetensors import Checkpoint, open_checkpoint
 from .kernels import choose_ops
 from .kernels.native import Limits, NativeOps
 from .kernels.reference import ReferenceOps
-from .memory.kv import kv_format
+from .memory.kv import PoolShape, kv_format, split_pages
 from .model.decoder import Decoder
 from .model.families import read_spec
 from .model.spec import ModelSpec
 from .model.weights import load_weights
 from .quant.read import read_quantised
-from .schedule.pages import Pages, Path
+from .schedule.pages import UNBOUNDED, Pages, Path
 from .schedule.scheduler import Scheduler
 from .text.tokenizer import Tokenizer
 from .workers.executor import Executor, ThreadExecutor
@@ -66,13 +66,13 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
     layers = range(spec.layers)
     decoder = Decoder(spec, load_weights(model.file, spec, ops, layers), layers, resolved.max_context)
     caches = [
-        ops.kv_cache(
-            len(group.layers), resolved.pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype
-        )
-        for group in spec.kv_groups
+        ops.kv_cache(len(group.layers), pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype)
+        for group, pages in zip(spec.kv_groups, resolved.pages, strict=True)
     ]
     residents = Residents(resolved.max_sequences, resolved.max_context, resolved.page_size, len(caches))
-    path = Path([Pages(resolved.pages, resolved.page_size, group.window) for group in spec.kv_groups])
+    ahead = resolved.steps_in_flight * resolved.max_batch_tokens
+    pools = zip(spec.kv_groups, resolved.pages, strict=True)
+    path = Path([Pages(pages, resolved.page_size, group.window, ahead) for group, pages in pools])
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_tokens=resolved.max_batch_tokens,
@@ -108,8 +108,8 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
     """Replace every "auto". CapacityError where not even one short sequence fits."""
     spec = model.spec
     kv_dtype = ops.default_kv_dtype if settings.kv_dtype == "auto" else settings.kv_dtype
-    per_token = kv_format(kv_dtype).token_bytes(spec.layers, spec.kv_heads, spec.head_dim)
-    page_bytes = per_token * settings.page_size
+    shapes = pool_shapes(spec, ops, kv_dtype, settings.page_size)
+    page_bytes = sum(shape.page_bytes for shape in shapes)
     context = settings.max_context or spec.context_length
     if context > spec.context_length:
         raise ConfigError(f"max_context {context} is more than the model's context of {spec.context_length}; lower it")
@@ -118,14 +118,24 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
         raise CapacityError(f"kv_memory of {memory} bytes is more than the {installed} bytes of this machine; lower it")
     if memory is None:
         memory = min(AUTO_KV_MEMORY, int(AUTO_KV_SHARE * available_memory()))
-        memory = min(memory, settings.max_sequences * -(-context // settings.page_size) * page_bytes + page_bytes)
-    pages = memory // page_bytes
-    if pages < 2:
+    pages = split_pages(
+        shapes,
+        memory,
+        settings.page_size,
+        most=settings.max_sequences * -(-context // settings.page_size) if settings.kv_memory is None else UNBOUNDED,
+        sequences=settings.max_sequences,
+        batch_tokens=settings.max_batch_tokens,
+        steps=settings.steps_in_flight,
+    )
+    if min(pages) < 2:
         raise CapacityError(
             f"kv_memory of {memory} bytes is less than 2 pages of {page_bytes} bytes; "
             "raise kv_memory, or lower page_size"
         )
-    fitting = (pages - 1) * settings.page_size + 1
+    ahead = settings.steps_in_flight * settings.max_batch_tokens
+    pools = zip(shapes, pages, strict=True)
+    path = Path([Pages(count, settings.page_size, shape.window, ahead) for shape, count in pools])
+    fitting = path.capacity + 1
     if context > fitting and settings.max_context is not None:
         raise CapacityError(
             f"a context of {context} tokens needs {(-(-(context - 1) // settings.page_size) + 1) * page_bytes} bytes "
@@ -138,10 +148,10 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
         activations=settings.activations if isinstance(ops, NativeOps) else None,
         max_context=min(context, fitting),
         kv_dtype=kv_dtype,
-        kv_bytes_per_token=per_token,
+        kv_bytes_per_token=page_bytes // settings.page_size,
         page_size=settings.page_size,
         pages=pages,
-        kv_memory=pages * page_bytes,
+        kv_memory=sum(count * shape.page_bytes for count, shape in zip(pages, shapes, strict=True)),
         max_batch_tokens=settings.max_batch_tokens,
         max_sequences=settings.max_sequences,
         max_logit_rows=max(LOGIT_ROWS, settings.max_sequences),
@@ -149,6 +159,13 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
         prefix_cache=settings.prefix_cache,
         steps_in_flight=settings.steps_in_flight,
     )
+
+
+def pool_shapes(spec: ModelSpec, ops: Any, kv_dtype: str, page_size: int) -> list[PoolShape]:
+    """The pools of a model's KV groups, as `ops` stores them."""
+    head_dim = -(-spec.head_dim // ops.kv_head_multiple) * ops.kv_head_multiple
+    per_layer = kv_format(kv_dtype).token_bytes(1, spec.kv_heads, head_dim) * page_size
+    return [PoolShape(group.window, len(group.layers) * per_layer) for group in spec.kv_groups]
 
 
 def available_memory() -> int:

@@ -85,9 +85,9 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     activations: str | None  # None where they stay as they are
     max_context: int
     kv_dtype: str
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # of a token that all layers hold
     page_size: int
-    pages: int  # in each pool, the trash page included
+    pages: tuple[int, ...]  # in each KV group's pool, the trash page included
     kv_memory: int  # bytes
     max_batch_tokens: int
     max_sequences: int

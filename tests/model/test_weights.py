@@ -38,6 +38,9 @@ class Watched(Mapping[str, Tensor]):
         class Watch:
             shape = real.shape
 
+            def check_weights(self) -> Watch:
+                return self
+
             def decode(self) -> np.ndarray:
                 read.add(name)
                 return real.decode()

@@ -66,6 +66,7 @@ class Ops(Protocol):
     """An op set. `name` is what `headrace info` prints."""
 
     name: str
+    kv_head_multiple: int  # heads of keys and values are stored as wide as the next multiple of this
 
     def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> Matrix:
         """Take a file's tensor [out, in] into this op set's own layout: its rows `row_order`, in that order, or all."""

@@ -67,6 +67,7 @@ class ReferenceOps:
 
     name = "reference"
     default_kv_dtype = "float32"
+    kv_head_multiple = 1
 
     def __init__(self, threads: int = 1) -> None:
         ThreadpoolController().limit(limits=1, user_api="blas")

@@ -21,11 +21,11 @@ from ..errors import CapacityError, ConfigError, RequestError
 from ..kernels import choose_ops
 from ..llm import LLM
 from ..model.spec import ModelSpec
+from ..model.weights import step_bytes
 from ..results import machine_facts, summarize_tests, write_results
 from ..types import SamplingParams
 from .against import Peer, PeerRun
 from .ceilings import Ceilings, sample_ceilings
-from .info import step_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -164,7 +164,7 @@ def measure(
     Prompts are random token ids, new ones every time, so that nothing is found in the prefix cache.
     """
     opened = open_model(model)
-    weights = step_bytes(opened)
+    weights = step_bytes(opened.file, opened.spec)
     most = max(Settings().max_sequences, *(test.batch for test in tests))
     rng = random.Random(0)
     runs: list[Run] = []
@@ -175,7 +175,9 @@ def measure(
         load_s = time.perf_counter() - started
         resident = _resident_bytes()
         for index, test in enumerate(tests):
-            cost = cost_of(test, llm.spec, weights, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
+            rows = test.batch if test.new else min(test.prompt, llm.config.max_batch_tokens)
+            read = step_bytes(opened.file, opened.spec, rows)
+            cost = cost_of(test, llm.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
             for rep in range(-1, reps):
                 seconds = _time(llm, test, rng)
                 if rep >= 0:

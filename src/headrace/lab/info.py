@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from operator import mul
 from typing import Any
 
 import msgspec
 
-from ..assemble import Model, available_memory, open_model, resolve_settings
+from ..assemble import Model, available_memory, open_model, pool_shapes, resolve_settings
 from ..config import Settings
 from ..kernels import choose_ops, native
+from ..model.weights import step_bytes
 from ..results import machine_facts
+from ..schedule.pages import most_pages
 
-EMBEDDINGS = ("token_embd.weight", "model.embed_tokens.weight")
 CONTEXTS = (512, 2048, 8192, 32768, 131072)
 GIB = 2**30
 
@@ -26,12 +28,6 @@ def describe(name: str | None = None, kernels: str = "auto") -> dict[str, Any]:
     return facts
 
 
-def step_bytes(model: Model) -> int:
-    """Bytes of the weights that every decode step reads: all but an embedding table that is not the head as well."""
-    skipped = () if model.spec.tied else EMBEDDINGS
-    return sum(tensor.nbytes for name, tensor in model.file.tensors.items() if name not in skipped)
-
-
 def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dict[str, Any]:
     spec = model.spec
     types: dict[str, int] = {}
@@ -40,7 +36,16 @@ def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dic
     weights = sum(types.values())
     resolved = resolve_settings(model, Settings(kernels=kernels), ops)
     contexts = sorted({*(c for c in CONTEXTS if c < spec.context_length), spec.context_length})
-    per_token = resolved.kv_bytes_per_token
+    shapes = pool_shapes(spec, ops, resolved.kv_dtype, resolved.page_size)
+    page_bytes = [shape.page_bytes for shape in shapes]
+
+    def of_pools(context: int) -> list[int]:
+        """Pages that a sequence of `context` tokens holds in each pool while it is decoded."""
+        whole = -(-context // resolved.page_size)
+        steps = resolved.steps_in_flight
+        windows = (shape.window for shape in shapes)
+        return [whole if w is None else min(whole, most_pages(resolved.page_size, w, steps)) for w in windows]
+
     return {
         "name": model.name,
         "path": str(model.path),
@@ -48,14 +53,14 @@ def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dic
         "parameters": spec.parameters,
         "weight_bytes": weights,
         "weight_bytes_by_type": types,
-        "bytes_per_step": step_bytes(model),
-        "kv_bytes_per_token": per_token,
+        "bytes_per_step": step_bytes(model.file, spec),
+        "kv_bytes_per_token": resolved.kv_bytes_per_token,
         "settings": msgspec.to_builtins(resolved),
         "fits": [
             {
                 "context": context,
-                "sequences": resolved.kv_memory // (context * per_token),
-                "sequences_in_free_memory": max(0, available - weights) // (context * per_token),
+                "sequences": min((pages - 1) // held for pages, held in zip(resolved.pages, of_pools(context))),
+                "sequences_in_free_memory": max(0, available - weights) // sum(map(mul, of_pools(context), page_bytes)),
             }
             for context in contexts
         ],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ..formats.tensor import F32, Tensor
 from ..kernels.ops import Array, Matrix, Ops
 from .families import family_of
 from .layout import Layout
-from .spec import ModelSpec
+from .spec import ModelSpec, Shapes
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,54 @@ def load_weights(source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layer
     Names and shapes of all tensors are checked against the spec before any is read; what `layers` do not need is never
     read. Raises ModelFileError for a tensor that is missing, of another shape, or unknown.
     """
-    layout = family_of(source).layout(source, spec)
+    first, last = layers.start == 0, layers.stop == spec.layers
+    wanted = {field for field in spec.table_shapes if (first if field in _START else last)}
+    if last and spec.tied:
+        wanted.add("embedding")
+    found, packed = load_parts(source, spec, ops, family_of(source).layout(source, spec), layers, wanted)
+    if last and spec.tied:  # the embedding's own Matrix where one range holds both
+        found["head"] = found["embedding"] if first else found.pop("embedding")
+    return DecoderWeights(layers=packed, **found)
+
+
+class Shaped(Protocol):
+    """What is asked of a spec: its weights' shapes, [out, in], by field."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def table_shapes(self) -> Shapes: ...
+    @property
+    def layer_shapes(self) -> Shapes: ...
+
+
+def load_parts(
+    source: GGUFFile | Checkpoint, spec: Shaped, ops: Ops, layout: Layout, layers: range, wanted: Set[str]
+) -> tuple[dict[str, Any], tuple[LayerWeights, ...]]:
+    """The tables `wanted`, by field, and the weights of `layers`, packed. Checks and raises as `load_weights` does."""
     tables = {part.field: part for part in _table_parts(spec, layout)}
     _check(source, spec, layout)
-    first, last = layers.start == 0, layers.stop == spec.layers
-    wanted = {field for field in tables if (first if field in _START else last)}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         loader = _Loader(source, ops, layout, pool)
-        jobs = {field: loader.load(tables[field]) for field in tables if field in wanted}
+        jobs = {field: loader.load(part) for field, part in tables.items() if field in wanted}
         layer_jobs = [{part.field: loader.load(part) for part in _layer_parts(spec, layout, layer)} for layer in layers]
         found = {field: job.result() for field, job in jobs.items()}
-        if last and spec.tied:  # the embedding's own Matrix where one range holds both
-            found["head"] = found["embedding"] if first else loader.load(tables["embedding"]).result()
-        return DecoderWeights(
-            layers=tuple(LayerWeights(**{field: _result(job) for field, job in layer.items()}) for layer in layer_jobs),
-            **found,
-        )
+        packed = (LayerWeights(**{field: _result(job) for field, job in layer.items()}) for layer in layer_jobs)
+        return found, tuple(packed)
+
+
+def step_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> int:
+    """Bytes of the file's weights that a step of `rows` tokens reads: of a table that is only looked up nothing, and of
+    experts those that the tokens choose if they choose evenly."""
+    layout = family_of(source).layout(source, spec)
+    parts = [part for layer in range(spec.layers) for part in _layer_parts(spec, layout, layer)]
+    experts = {name for part in parts if part.field in ("gates", "ups", "downs") for name in part.tensors}
+    looked_up = {f"{layout.tables[field]}.weight" for field in ("embedding", "positions") if field in layout.tables}
+    if spec.tied:
+        looked_up.discard(f"{layout.tables['embedding']}.weight")
+    share = 1 - (1 - spec.active_share) ** rows
+    sizes = ((name, tensor.nbytes) for name, tensor in source.tensors.items() if name not in looked_up)
+    return sum(int(size * share) if name in experts else size for name, size in sizes)
 
 
 def _result(job: Future[Any] | list[Future[Any]]) -> Any:
@@ -130,9 +162,10 @@ class _Loader:
         return self._pack(_transposed(tensor) if turned else tensor, part.rows)
 
     def _pack(self, tensor: Tensor, rows: np.ndarray | None = None) -> Future[Any]:
-        return self._pool.submit(self._ops.pack, tensor, rows)
+        return self._pool.submit(lambda: self._ops.pack(tensor.check_weights(), rows))
 
     def _vector(self, tensor: Tensor, part: _Part) -> Array:
+        tensor.check_weights()
         if self._layout.norm_offset and part.field.endswith("norm"):
             tensor = _float_tensor(tensor, tensor.decode() + np.float32(self._layout.norm_offset))
         return self._ops.vector(tensor, part.rows)
@@ -158,13 +191,18 @@ def _transposed(tensor: Tensor) -> Tensor:
     return Tensor(tensor.name, tensor.shape[::-1], tensor.type, np.ascontiguousarray(cells).reshape(-1), tensor.path)
 
 
-def _table_parts(spec: ModelSpec, layout: Layout) -> Iterator[_Part]:
+def table_name(layout: Layout, field: str) -> str:
+    """The tensor of a table."""
+    place = layout.tables.get(field) or layout.tables[field.removesuffix("_bias")]
+    return f"{place}.{'bias' if field.endswith('_bias') else 'weight'}"
+
+
+def _table_parts(spec: Shaped, layout: Layout) -> Iterator[_Part]:
     for field, shape in spec.table_shapes.items():
-        name = f"{layout.tables[field.removesuffix('_bias')]}.{'bias' if field.endswith('_bias') else 'weight'}"
-        yield _Part(field, (name,), shape)
+        yield _Part(field, (table_name(layout, field),), shape)
 
 
-def _layer_parts(spec: ModelSpec, layout: Layout, layer: int) -> Iterator[_Part]:
+def _layer_parts(spec: Shaped, layout: Layout, layer: int) -> Iterator[_Part]:
     for field, shape in spec.layer_shapes.items():
         place = layout.layer[field.removesuffix("_bias")]
         ending = "bias" if field.endswith("_bias") else "weight"
@@ -180,7 +218,7 @@ def _layer_parts(spec: ModelSpec, layout: Layout, layer: int) -> Iterator[_Part]
         yield _Part(field, (f"{place.name.format(layer)}.{ending}",), shape, place.rows)
 
 
-def _check(source: GGUFFile | Checkpoint, spec: ModelSpec, layout: Layout) -> None:
+def _check(source: GGUFFile | Checkpoint, spec: Shaped, layout: Layout) -> None:
     parts = [*_table_parts(spec, layout)]
     for layer in range(spec.layers):
         parts += _layer_parts(spec, layout, layer)

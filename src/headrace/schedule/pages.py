@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..types import Transfer
 
 TRASH = 0
+UNBOUNDED = 1 << 62
 
 Tables = tuple["PageTable", ...]
 
@@ -34,13 +35,21 @@ class PageTable:
         self.slid = 0  # leading pages given back because the window has passed them
 
 
-class Pages:
-    """The allocator of one pool. `window` is the attention window of the pool's layers, in tokens, or None."""
+def most_pages(page_size: int, window: int, ahead: int) -> int:
+    """Pages that a sequence holds at most where its window slides: it is at most `ahead` tokens further than what has
+    been computed, and gave back, so far."""
+    return -(-(window + ahead) // page_size) + 1
 
-    def __init__(self, count: int, page_size: int, window: int | None = None) -> None:
+
+class Pages:
+    """The allocator of one pool. `window` is the attention window of the pool's layers, in tokens, or None; with one,
+    `ahead` is how many tokens of a sequence steps in flight may hold beyond what is computed."""
+
+    def __init__(self, count: int, page_size: int, window: int | None = None, ahead: int = 0) -> None:
         if count < 2 or page_size < 1:
             raise ConfigError(f"a pool needs at least 2 pages of at least 1 token, got {count} pages of {page_size}")
         self.count, self.page_size, self.window = count, page_size, window
+        self._most = count if window is None else most_pages(page_size, window, ahead)
         self._refs = [0] * count
         self._key_of: list[bytes | None] = [None] * count
         self._by_key: dict[bytes, int] = {}
@@ -51,6 +60,12 @@ class Pages:
     def available(self) -> int:
         """Pages that `grow` could still hand out."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of one sequence that fit when it is alone: any number where its window slides within the pool."""
+        slides = self.window is not None and self._most < self.count
+        return UNBOUNDED if slides else (self.count - 1) * self.page_size
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -94,12 +109,12 @@ class Pages:
     def fits(self, keys: Sequence[bytes], tokens: int) -> bool:
         """Whether a sequence of `tokens` fits behind these published pages, of which adopting takes the idle ones."""
         idle = sum(self._by_key[key] in self._idle for key in keys[self._first_needed(len(keys) * self.page_size) :])
-        return self.pages_for(tokens) - len(keys) <= self.available - idle
+        return min(self.pages_for(tokens) - len(keys), self._most) <= self.available - idle
 
     def can_fork(self, parent: PageTable, shared: int, tokens: int) -> bool:
         """Whether the parent still holds what a row at `shared` sees, and a sequence of `tokens` fits behind it."""
         held = parent.slid <= self._first_needed(shared)
-        return held and self.pages_for(tokens) - shared // self.page_size <= self.available
+        return held and min(self.pages_for(tokens) - shared // self.page_size, self._most) <= self.available
 
     def fork(self, parent: PageTable, table: PageTable, tokens: int) -> tuple[int, int] | None:
         """Give `table` the parent's first `tokens` positions: full pages shared, a partial last page copied at
@@ -215,7 +230,7 @@ class Path:
     @property
     def capacity(self) -> int:
         """Tokens of one sequence that fit when it is alone."""
-        return min((pool.count - 1) * pool.page_size for pool in self.pools)
+        return min(pool.capacity for pool in self.pools)
 
     def match(self, keys: Sequence[bytes]) -> int:
         """How many pages of a chain, from its start, a sequence could adopt in every pool."""
