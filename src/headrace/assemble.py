@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import Resolved, SchedulerConfig, Settings
 from .engine import Engine
-from .errors import CapacityError, ConfigError
+from .errors import CapacityError, ConfigError, ModelFileError
 from .formats.gguf import GGUFFile, open_gguf
 from .formats.hub import resolve
 from .formats.safetensors import Checkpoint, open_checkpoint
@@ -46,7 +46,11 @@ class Model:
 
     def tokenizer(self) -> Tokenizer:
         if isinstance(self.file, GGUFFile):
-            return Tokenizer.from_gguf(self.file.metadata, path=self.path)
+            tokenizer = Tokenizer.from_gguf(self.file.metadata, path=self.path)
+            if tokenizer.vocab_size != self.spec.vocab_size:
+                problem = f"has {tokenizer.vocab_size} tokens for {self.spec.vocab_size} rows of the embedding"
+                raise ModelFileError(self.path, "tokenizer.ggml.tokens", problem)
+            return tokenizer
         return Tokenizer.from_folder(self.path)
 
 
