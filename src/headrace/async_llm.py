@@ -420,7 +420,8 @@ class Running:
                 self._listener(self, delta)
         except Exception as error:
             self._llm.forget(self)
-            self.refuse(RequestError(f"{type(error).__name__}: {error}"))
+            known = isinstance(error, HeadraceError)
+            self.refuse(error if known else HeadraceError(f"the answer broke: {type(error).__name__}: {error}"))
 
     def refuse(self, error: HeadraceError) -> None:
         if self.error is None and not self.completion.done:

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from tests.tiny import write_tiny
@@ -31,8 +30,10 @@ def kill(engine: AsyncLLM, number: int = signal.SIGKILL) -> None:
 
 async def test_outputs_are_those_of_a_quiet_run(tiny: str) -> None:
     """With log-probabilities of prompt and answer and logits, some told before the death and some after."""
-    params = SamplingParams(max_tokens=300, temperature=0.8, seed=1, n=2, logprobs=1, prompt_logprobs=1, ignore_eos=True,
-                            return_logits=True, presence_penalty=0.5, min_tokens=200)  # fmt: skip
+    params = SamplingParams(
+        max_tokens=300, temperature=0.8, seed=1, n=2, logprobs=1, prompt_logprobs=1, ignore_eos=True,
+        return_logits=True, presence_penalty=0.5, min_tokens=200,
+    )  # fmt: skip
     with LLM(tiny, threads=1) as offline:
         quiet = offline.generate([[9] * 100], params)[0]
         text = offline.generate("stop", LONG)[0].text

@@ -149,6 +149,18 @@ def test_a_prompt_is_scored_and_echoed_without_generating(server: ServerProcess,
     assert echoed["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_echo_can_be_streamed(server: ServerProcess) -> None:
+    body = {"prompt": ["Water is", "Fire"], "max_tokens": 3, "temperature": 0, "logprobs": 1, "echo": True}
+    whole = ok(server.post("/v1/completions", body))["choices"]
+    text, logprobs = ["", ""], [[], []]
+    for event in list(server.stream("/v1/completions", body))[:-1]:
+        for choice in event["choices"]:
+            text[choice["index"]] += choice["text"]
+            logprobs[choice["index"]] += choice["logprobs"]["token_logprobs"]
+    assert text == [choice["text"] for choice in whole] and text[1].startswith("Fire")
+    assert logprobs == [choice["logprobs"]["token_logprobs"] for choice in whole]
+
+
 def test_stop_strings_and_tokens(server: ServerProcess) -> None:
     body = {"prompt": "One two three four", "max_tokens": 40, **GREEDY}
     whole = ok(server.post("/v1/completions", body))["choices"][0]

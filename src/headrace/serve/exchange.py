@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..async_llm import AsyncLLM, Running
 from ..completion import Delta, Output
-from ..errors import HeadraceError
+from ..types import TokenLogprob
 from .bodies import Job
 from .faults import Fault, deadline_fault, fault_of, left
 from .metrics import Collector
@@ -39,7 +39,9 @@ class Exchange:
         self._parsers: list[TextParser | None] = [
             job.parser() if job.parser else None for _ in range(len(job.prompts) * job.params.n)
         ]
-        self._seen: dict[int, list[Any]] = {}  # choice to what its parser made of it, where it is not streamed
+        self._to_echo = (
+            set(range(len(job.prompts) * job.choices)) if job.echo else set()
+        )  # choices without their prompt
         self._open = job.sequences
         self.single = job.sequences == 1  # so that its tokens' gaps are those of one sequence
 
@@ -69,7 +71,7 @@ class Exchange:
             return
         if delta is None:
             assert running.error is not None
-            self._fail(fault_of(running.error), running.error)
+            self._fail(fault_of(running.error), str(running.error))
             return
         now = time.monotonic()
         if delta.token_ids:
@@ -78,11 +80,11 @@ class Exchange:
             self.first = self.first or now
             self.last = now
         if delta.finish_reason == "error":
-            self._fail(Fault(500, "the model failed on this request", code="generation_failed"), None, delta.error)
+            self._fail(Fault(500, "the model failed on this request", code="generation_failed"), delta.error)
         elif delta.finish_reason == "deadline":
             self._fail(deadline_fault())
         elif self.job.stream:
-            self._show(self._numbers[running.id] * self.job.params.n + delta.sample_index, delta)
+            self._show(running, delta)
         if delta.finish_reason is not None and not self.done.is_set():
             self._open -= 1
             if not self._open:
@@ -96,9 +98,8 @@ class Exchange:
             self._fail(fault or left())
         self._stop()
 
-    def _fail(self, fault: Fault, error: HeadraceError | None = None, why: str | None = None) -> None:
-        self.fault = fault
-        self.why = why or (str(error) if error else fault.message)
+    def _fail(self, fault: Fault, why: str | None = None) -> None:
+        self.fault, self.why = fault, why or fault.message
         self._stop()
         self._finish()
 
@@ -109,16 +110,24 @@ class Exchange:
 
     # Streams
 
-    def _show(self, choice: int, delta: Delta) -> None:
+    def _show(self, running: Running, delta: Delta) -> None:
+        choice = self._numbers[running.id] * self.job.params.n + delta.sample_index
         text, finish = delta.text, _finish_name(delta)
         calls: list[dict[str, Any]] | None = None
         if parser := self._parsers[choice]:
             text, calls, finish = _parse(parser, text, finish)
         if not text and calls is None and finish is None and self.job.top_logprobs is None and not self.job.token_ids:
             return
+        entries: Sequence[TokenLogprob | None] = delta.logprobs
+        first = None
+        if choice in self._to_echo:
+            self._to_echo.discard(choice)
+            output = running.completion.output
+            text = self.llm.tokenizer.decode(output.prompt_token_ids) + text
+            entries, first = [None, *(output.prompt_logprobs or ()), *entries], output.prompt_token_ids[0]
         usage = usage_of(self.outputs) if self.job.continuous_usage else None
         timings = self.timings() if finish is not None else None
-        self.emit(self.replies.chunk(choice, text, delta, finish, usage, timings, calls))
+        self.emit(self.replies.chunk(choice, text, delta, entries, finish, usage, timings, calls, first))
 
     def _close_stream(self) -> None:
         if self.job.include_usage:

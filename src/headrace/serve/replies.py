@@ -38,10 +38,12 @@ class Replies:
     # Streams
 
     def chunk(
-        self, choice: int, text: str, delta: Delta, finish: str | None, usage: dict[str, Any] | None,
-        timings: dict[str, Any] | None, tool_calls: list[dict[str, Any]] | None = None,
+        self, choice: int, text: str, delta: Delta, entries: Sequence[TokenLogprob | None], finish: str | None,
+        usage: dict[str, Any] | None, timings: dict[str, Any] | None, tool_calls: list[dict[str, Any]] | None = None,
+        first: int | None = None,
     ) -> bytes:  # fmt: skip
-        """One event of a stream. `finish` as clients call it; `usage` and `timings` where they are shown."""
+        """One event of a stream. `finish` as clients call it; `usage` and `timings` where they are shown. `entries` are
+        the log-probabilities to show, `first` the first token of a prompt that is among them."""
         if self.job.chat:
             content = (
                 b'"content":' + dumps(text) if tool_calls is None or text else b'"tool_calls":' + dumps(tool_calls)
@@ -57,8 +59,8 @@ class Replies:
         else:
             middle = b',"text":' + dumps(text) + b',"logprobs":'
         logprobs = b"null"
-        if self.job.top_logprobs is not None and delta.logprobs:
-            logprobs = dumps(self.logprobs(choice, delta.logprobs))
+        if self.job.top_logprobs is not None and entries:
+            logprobs = dumps(self.logprobs(choice, entries, first))
         parts = [
             self._prefix, b"%d" % choice, middle, logprobs,
             b',"finish_reason":', b"null" if finish is None else dumps(finish),
