@@ -58,7 +58,7 @@ class Engine:
         answered = time.monotonic()
         events = self.scheduler.apply(result, answered)
         times = (planned, submitted, result.started, result.ended, answered, time.monotonic())
-        entry = StepTrace(step.number, len(step.chunks), step.rows, *times)
+        entry = StepTrace(step.number, len(step.chunks), step.rows, *times, result.expert_load)
         self.trace.add(entry)
         if self.observer is not None:
             self.observer(step, entry)

@@ -20,6 +20,7 @@ class StepTrace:
     ended: float
     answered: float  # the engine saw the result
     applied: float
+    expert_load: tuple[int, ...] = ()  # of each layer of experts in turn, how many rows chose each of them
 
     @property
     def host(self) -> float:

@@ -5,7 +5,8 @@ home."""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -23,6 +24,33 @@ MAX_LOGPROBS = 256
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_BIASES = 4096
+MAX_GRAMMAR_CHARS = 1 << 17
+
+
+GrammarKind = Literal["json_schema", "regex", "grammar"]
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a whole answer must look like: the text of a JSON schema, of a regular expression (in the syntax of Rust's
+    regex crate, without look-around), or of a context-free grammar, in llguidance's Lark or in llama.cpp's GBNF. It is
+    compiled later, for a tokenizer."""
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind):
+            raise RequestError(f"a grammar is one of {', '.join(get_args(GrammarKind))}, got {self.kind!r:.80}")
+        if not isinstance(self.text, str) or not 1 <= len(self.text) <= MAX_GRAMMAR_CHARS:
+            size = f"{len(self.text)} characters" if isinstance(self.text, str) else f"{self.text!r:.80}"
+            raise RequestError(f"a {self.kind} must be text of 1 to {MAX_GRAMMAR_CHARS} characters, got {size}")
+
+    @classmethod
+    def choice(cls, choices: Sequence[str]) -> GrammarSpec:
+        """One of these texts."""
+        if not choices or not all(isinstance(one, str) and one for one in choices):
+            raise RequestError(f"choices must be a list of texts that are not empty, got {choices!r:.80}")
+        return cls("grammar", "start: " + " | ".join(msgspec.json.encode(one).decode() for one in choices))
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,6 +61,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     and bans, repetition (prompt and output), presence and frequency (output only), temperature, top-k, typical-p,
     top-p, min-p. Logprobs are of the model's own distribution, before all of that. An absent `seed` is drawn at
     admission and kept.
+
+    With a `grammar`, tokens that would leave it are banned, and the model's end tokens are allowed exactly where it may
+    end; where nothing can follow, they come whatever `ignore_eos` and `min_tokens` say.
     """
 
     max_tokens: int = 256
@@ -57,6 +88,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     return_logits: bool = False  # float32 logits of every row that was computed for logits, as the model gave them
     seed: int | None = None
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         # A Struct is frozen after construction; a single stop string is accepted and kept as a tuple of one.
@@ -77,6 +109,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, MAX_LOGPROBS, int)
+        if self.grammar is not None and not isinstance(self.grammar, GrammarSpec):
+            raise RequestError(f"grammar must be a GrammarSpec, got {self.grammar!r:.80}")
         if self.seed is not None:
             _check_range("seed", self.seed, -(2**63), 2**64 - 1, int)
         if self.min_tokens > self.max_tokens:
@@ -203,13 +237,15 @@ class ChunkExtras(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """The answer to a Step. `tokens[i]` is what chunk i sampled, or NO_TOKEN; `extras` is keyed by chunk index."""
+    """The answer to a Step. `tokens[i]` is what chunk i sampled, or NO_TOKEN; `extras` is keyed by chunk index;
+    `expert_load` says for each layer of experts in turn how many rows chose each of them."""
 
     number: int
     tokens: tuple[int, ...]
     extras: dict[int, ChunkExtras] = {}
     started: float = 0.0  # seconds, time.monotonic, on the worker
     ended: float = 0.0
+    expert_load: tuple[int, ...] = ()
 
 
 class Timings(msgspec.Struct, frozen=True):

@@ -72,6 +72,21 @@ def test_windowed_layers_keep_their_window(gemma3: Model, kernels: str) -> None:
     assert ours == alone
 
 
+def test_the_trace_tells_the_load_of_each_expert(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save_family("olmoe", tmp_path, [1, 2, 3])
+    model = open_model(str(tmp_path))
+    loads = []
+    for kernels in KERNELS:
+        engine, _ = build_engine(model, Settings(kernels=kernels, threads=1, kv_dtype="float32"))
+        answers(engine)
+        steps = list(engine.trace)
+        engine.close()
+        assert all(sum(step.expert_load) == 5 * 3 * step.rows for step in steps), "three of each layer's seven, each row"
+        loads.append([step.expert_load for step in steps])
+    assert all(load == loads[0] for load in loads)
+
+
 @pytest.mark.skipif(native.missing() is not None, reason="the native kernels are not built")
 def test_the_pools_are_as_large_as_was_said(gemma3: Model) -> None:
     from headrace.assemble import pool_shapes

@@ -13,7 +13,13 @@ from .residents import Resident, Rows
 
 
 def answer(
-    number: int, rows: Rows, chosen: list[int], logits: Iterator[np.ndarray], started: float, ended: float
+    number: int,
+    rows: Rows,
+    chosen: list[int],
+    logits: Iterator[np.ndarray],
+    started: float,
+    ended: float,
+    expert_load: tuple[int, ...] = (),
 ) -> StepResult:
     """The answer to a step. `chosen[i]` is the token that the kernels chose for the step's i-th logit row, or
     NO_TOKEN where the row's logits, float32 [vocab], come next in `logits`. Every sampled token is noted with its
@@ -35,7 +41,7 @@ def answer(
         if chunk.samples:
             resident.tokens.append(max(token, 0))
         tokens.append(token)
-    return StepResult(number, tuple(tokens), extras, started, ended)
+    return StepResult(number, tuple(tokens), extras, started, ended, expert_load)
 
 
 def _in_python(chunk: Chunk, resident: Resident, logits: list[np.ndarray]) -> tuple[int, ChunkExtras | None]:

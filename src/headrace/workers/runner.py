@@ -34,8 +34,10 @@ class Runner:
         for index, chunk in enumerate(rows.chunks):
             if chunk.tokens[-1] == LATE:
                 rows.bind(index)
-        logits = np.asarray(self._decoder.forward(self._ops, rows.batch(), self._caches))
-        return answer(step.number, rows, [NO_TOKEN] * len(logits), iter(logits), started, time.monotonic())
+        batch = rows.batch()
+        logits = np.asarray(self._decoder.forward(self._ops, batch, self._caches))
+        load = tuple(int(count) for layer in batch.expert_load for count in layer)
+        return answer(step.number, rows, [NO_TOKEN] * len(logits), iter(logits), started, time.monotonic(), load)
 
 
 class NativeRunner:
@@ -94,7 +96,8 @@ class _Queued:
     def result(self) -> StepResult:
         if self._result is None:
             chosen, logits = self._ticket.result()
-            self._result = answer(self.number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times)
+            load = tuple(self._ticket.expert_load)
+            self._result = answer(self.number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times, load)
         return self._result
 
 
