@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from headrace.errors import ModelFileError
 from headrace.kernels import native
@@ -95,6 +95,20 @@ def test_same_weights_through_gguf(family: Families, name: str) -> None:
         if field.name not in ("name", "architecture", "norm_eps", "ropes", "attention_scale"):
             ours, theirs = (getattr(spec, field.name) for spec in (from_gguf, from_folder))
             assert ours == theirs or abs(ours - theirs) < 1e-6 * abs(theirs), field.name
+
+
+@pytest.mark.parametrize("stem", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_one_with_vision(family: Families, stem: str, tmp_path: Path) -> None:
+    """Gemma 3's larger checkpoints: the text model's names have another beginning, and its config is a table."""
+    saved = family("gemma3")
+    config = json.loads((saved.folder / "config.json").read_text())
+    text = {name: value for name, value in config.items() if name not in ("architectures", "vocab_size")}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(saved.folder / "model.safetensors")
+    renamed = {name.replace("model.", stem, 1): values for name, values in tensors.items()}
+    save_file(renamed | {"vision_tower.patch.weight": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors")
+    assert same_bytes(Model(tmp_path).logits(TOKENS), Model(saved.folder).logits(TOKENS))
 
 
 def test_parameters_are_the_files(family: Families) -> None:

@@ -13,7 +13,15 @@ from ..layout import Layout
 from ..spec import ModelSpec
 from .bloom import bloom_layout, read_bloom, read_bloom_gguf
 from .falcon import falcon_gguf_layout, falcon_layout, read_falcon, read_falcon_gguf
-from .gemma import gemma_layout, read_gemma2, read_gemma2_gguf, read_gemma3, read_gemma3_gguf
+from .gemma import (
+    gemma3_with_vision_layout,
+    gemma_layout,
+    read_gemma2,
+    read_gemma2_gguf,
+    read_gemma3,
+    read_gemma3_gguf,
+    read_gemma3_with_vision,
+)
 from .gguf import gguf_layout, gguf_layout_of_pairs, read_gguf
 from .gpt2 import gpt2_layout, read_gpt2, read_gpt2_gguf
 from .granite import read_granite, read_granite_gguf
@@ -60,6 +68,7 @@ HUGGING_FACE = {
     "Qwen3MoeForCausalLM": Family(read_qwen3_moe, hf_layout),
     "Gemma2ForCausalLM": Family(read_gemma2, gemma_layout),
     "Gemma3ForCausalLM": Family(read_gemma3, gemma_layout),
+    "Gemma3ForConditionalGeneration": Family(read_gemma3_with_vision, gemma3_with_vision_layout),
     "Phi3ForCausalLM": Family(read_phi3, phi3_layout),
     "GPT2LMHeadModel": Family(read_gpt2, gpt2_layout),
     "OPTForCausalLM": Family(read_opt, opt_layout),

@@ -73,9 +73,25 @@ def read_gemma2(source: Checkpoint) -> ModelSpec:
     )
 
 
-def read_gemma3(source: Checkpoint) -> ModelSpec:
+def read_gemma3_with_vision(source: Checkpoint) -> ModelSpec:
+    """The text model of one that has a vision tower as well: its config is a table of the whole's."""
+    text = Fields(source.path, source.config).table("text_config")
+    config = {name.removeprefix(text.prefix): value for name, value in text.values.items()}
+    stem = _text_stem(source)
+    embedding = source.tensors.get(f"{stem}embed_tokens.weight")
+    sizes = {} if embedding is None else {"vocab_size": embedding.shape[0]}  # which the config may leave out
+    return read_gemma3(dataclasses.replace(source, config=sizes | config), stem)
+
+
+def _text_stem(source: Checkpoint) -> str:
+    """What the names of the text model begin with: one spelling or the other."""
+    stems = ("language_model.model.", "model.language_model.")
+    return next((stem for stem in stems if f"{stem}embed_tokens.weight" in source.tensors), stems[0])
+
+
+def read_gemma3(source: Checkpoint, stem: str = "model.") -> ModelSpec:
     fields = Fields(source.path, source.config)
-    spec = dataclasses.replace(_from_hf(source, "gemma3"), qk_norm="head")
+    spec = dataclasses.replace(_from_hf(source, "gemma3", stem), qk_norm="head")
     of_layers = fields.table("rope_parameters")
     if of_layers.has("full_attention"):
         places = (of_layers.table("full_attention"), of_layers.table("sliding_attention"))
@@ -92,7 +108,7 @@ def read_gemma3(source: Checkpoint) -> ModelSpec:
     )
 
 
-def _from_hf(source: Checkpoint, architecture: str) -> ModelSpec:
+def _from_hf(source: Checkpoint, architecture: str, stem: str = "model.") -> ModelSpec:
     fields = Fields(source.path, source.config)
     require(fields, "attention_bias", False)
     require(fields, "use_bidirectional_attention", False)
@@ -102,6 +118,7 @@ def _from_hf(source: Checkpoint, architecture: str) -> ModelSpec:
     spec = read_hf(
         source,
         architecture=architecture,
+        embedding=f"{stem}embed_tokens.weight",
         names={"hidden_act": "hidden_activation"},
         defaults=_HF_DEFAULTS[architecture] | {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
         windows=windows_of(fields, layers, window, each),
@@ -126,3 +143,18 @@ def gemma_layout(source: Checkpoint, spec: ModelSpec) -> Layout:
         "mlp_post_norm": "post_feedforward_layernorm",
     }
     return hf_layout(source, spec, parts=parts, norm_offset=1.0)
+
+
+def gemma3_with_vision_layout(source: Checkpoint, spec: ModelSpec) -> Layout:
+    layout, stem = gemma_layout(source, spec), _text_stem(source)
+
+    def renamed(name: str) -> str:
+        return name.replace("model.", stem, 1)
+
+    return dataclasses.replace(
+        layout,
+        tables={field: renamed(name) for field, name in layout.tables.items()},
+        layer={field: dataclasses.replace(place, name=renamed(place.name)) for field, place in layout.layer.items()},
+        others=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+        ignored=(*layout.ignored, "lm_head.weight"),
+    )
