@@ -312,6 +312,85 @@ def ops(
         print_ops(facts, profiles)
 
 
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(help="The server, as in http://127.0.0.1:8000.")],
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second, as a Poisson process.", show_default=False)
+    ] = None,
+    burst: Annotated[int, typer.Option(help="With --rate: requests that come together.")] = 1,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Requests kept open; beside --rate or --trace, the most of them.", show_default=False),
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(help="Replay a trace: .csv (time, prompt and generated tokens) or .jsonl.", show_default=False),
+    ] = None,
+    speed: Annotated[float, typer.Option(help="With --trace: so many times as fast.")] = 1.0,
+    requests: Annotated[
+        int | None, typer.Option(help="How many [default: 100, or the trace's].", show_default=False)
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Seconds in which requests are sent.", show_default=False)
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Of each [default: 64]; of a trace's at most.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="To generate for each [default: 64]; of a trace's at most.", show_default=False),
+    ] = None,
+    slo_ttft: Annotated[
+        float | None, typer.Option(help="Seconds in which the first token must come.", show_default=False)
+    ] = None,
+    slo_itl: Annotated[
+        float | None, typer.Option(help="Seconds that may pass between two tokens.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="By the server's name [default: its own].", show_default=False)
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File whose first line is the key to use.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of arrivals and prompts.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 300.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here.", show_default=False)
+    ] = None,
+) -> None:
+    """Send requests to a server with OpenAI's API, and measure what they meet.
+
+    Times are counted from when a request was sent and from when it was scheduled. Goodput: requests per second whose
+    first token (from scheduled) and every gap between tokens kept within --slo-ttft and --slo-itl.
+    """
+    from .lab.load import LoadOptions, read_key, run_load
+    from .lab.load_report import live, print_load, write_load
+
+    options = LoadOptions(
+        url=url,
+        rate=rate,
+        burst=burst,
+        concurrency=concurrency,
+        trace=trace,
+        speed=speed,
+        requests=requests,
+        duration=duration,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        slo_ttft=slo_ttft,
+        slo_itl=slo_itl,
+        model=model,
+        seed=seed,
+        timeout=timeout,
+    )
+    with live() as look:
+        done = run_load(options, read_key(api_key_file), look)
+    print_load(done)
+    if json_file is not None:
+        write_load(done, json_file)
+
+
 @contextmanager
 def _progress(unit: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, moved by (done, all); nothing where there is no terminal to see it."""
