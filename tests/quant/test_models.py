@@ -14,7 +14,10 @@ from tests.model.harness import Model, NativeModel, relative_error
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import safetensors.torch  # noqa: E402
+
 from headrace import LLM, SamplingParams  # noqa: E402
+from headrace.errors import ModelFileError  # noqa: E402
 from headrace.formats.safetensors import open_checkpoint  # noqa: E402
 from headrace.kernels import native  # noqa: E402
 from headrace.kernels.native import NativeOps  # noqa: E402
@@ -89,6 +92,24 @@ def test_tiny_models_equal_the_dequantised_weights(tmp_path: Path, method: str) 
         best = np.sort(theirs, axis=1)
         clear = best[:, -1] - best[:, -2] > 2 * error
         assert clear.any() and (fast.argmax(1) == theirs.argmax(1))[clear].all()
+
+
+def test_biases_of_zeros_are_left_out_where_the_model_has_none(tmp_path: Path) -> None:
+    """Some tools give one to every layer that they quantise."""
+    quantise(tiny_llama(), tmp_path, "awq")
+    source = read_quantised(open_checkpoint(tmp_path))
+    plain = Model(source).logits(TOKENS)
+    for value in (0.0, 1.0):
+        raw = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        raw["model.layers.1.mlp.up_proj.bias"] = torch.full((160,), value, dtype=torch.float16)
+        safetensors.torch.save_file(raw, tmp_path / "model.safetensors")
+        source = read_quantised(open_checkpoint(tmp_path))
+        if value:
+            with pytest.raises(ModelFileError, match=r"up_proj\.bias: is no tensor of this architecture"):
+                Model(source)
+        else:
+            assert source.spare == {"model.layers.1.mlp.up_proj.bias"}
+            assert np.array_equal(Model(source).logits(TOKENS), plain)
 
 
 @pytest.mark.slow

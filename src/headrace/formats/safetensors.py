@@ -71,12 +71,14 @@ def open_safetensors(path: str | Path) -> SafetensorsFile:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An open Hugging Face folder: config.json and the tensors. `quantised` says how quantised weights were read."""
+    """An open Hugging Face folder: config.json and the tensors. `quantised` says how quantised weights were read;
+    `spare` names tensors that a model may do without: biases of zeros, which some tools give to every layer."""
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     quantised: str | None = None
+    spare: frozenset[str] = frozenset()
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

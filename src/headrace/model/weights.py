@@ -231,6 +231,7 @@ def _check(source: GGUFFile | Checkpoint, spec: Shaped, layout: Layout) -> None:
             raise ModelFileError(source.path, name, f"has shape {found}, but the model's sizes make it {list(shape)}")
     # A Hugging Face file may hold a tied head twice.
     known = shapes.keys() | {f"{layout.tables['head']}.weight"}
+    known |= source.spare if isinstance(source, Checkpoint) else set()
     for name in source.tensors:
         if name not in known and not name.endswith(layout.ignored) and not name.startswith(layout.others):
             raise ModelFileError(source.path, name, "is no tensor of this architecture; the model may be of another")

@@ -59,19 +59,23 @@ def read_quantised(checkpoint: Checkpoint) -> Checkpoint:
         modules.setdefault(module, {})[part] = tensor
     tensors: dict[str, Tensor] = {}
     kinds: dict[tuple[str, str], int] = {}
+    spare: set[str] = set()
     for module_name, parts in modules.items():
         module = Module(module_name, parts)
         left = {part: tensor for part, tensor in parts.items() if part not in _IGNORED}
         if reader.has(module):
             weight, reason = _weight(module, reader.read(module), checkpoint.config)
             left = {part: t for part, t in left.items() if part not in (*method.PARTS, "weight")} | {"weight": weight}
+            if "bias" in left and not left["bias"].decode().any():
+                spare.add(f"{module_name}.bias")
             kinds[weight.type.name, reason] = kinds.get((weight.type.name, reason), 0) + 1
         tensors |= {f"{module_name}.{part}" if module_name else part: tensor for part, tensor in left.items()}
     for (kind, reason), count in kinds.items():
         if reason:
             warnings.warn(f"{checkpoint.path}: {count} {name} weights are held as {kind}: {reason}", stacklevel=2)
     summary = ", ".join(f"{count} as {kind}{reason and f' ({reason})'}" for (kind, reason), count in kinds.items())
-    return dataclasses.replace(checkpoint, tensors=tensors, quantised=f"{name}: {summary or 'no weights'}")
+    quantised = f"{name}: {summary or 'no weights'}"
+    return dataclasses.replace(checkpoint, tensors=tensors, quantised=quantised, spare=frozenset(spare))
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
