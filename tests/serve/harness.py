@@ -114,9 +114,9 @@ class ServerProcess:
             return received
 
     def metric(self, name: str) -> float:
-        """The sum of a metric's series."""
+        """The sum of a metric's series; `name` may go on to its first labels."""
         _, text = self.call("GET", "/metrics")
-        lines = [line for line in text.splitlines() if re.match(rf"headrace_{name}(\{{|\s)", line)]
+        lines = [line for line in text.splitlines() if re.match(rf"headrace_{re.escape(name)}(\{{|\s|\w+=)", line)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def wait_idle(self, seconds: float = 20) -> None:

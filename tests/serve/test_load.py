@@ -171,3 +171,35 @@ def test_soak_with_random_cancels(busy: ServerProcess) -> None:
     assert busy.memory() < memory * 1.1 + 10e6
     deaths = [line for line in busy.logs() if line["event"] == "engine restarted" and "died" in line["reason"]]
     assert not deaths
+
+
+def test_the_cost_of_http(smollm2: Path, tmp_path: Path) -> None:
+    """32 streams of 64 prompt tokens and 64 new ones, in turn with the offline engine; the client's CPU time, which it
+    takes from the same cores, is taken out. Tokens reach their sockets soon after they were sampled."""
+    rng = random.Random(1)
+    prompts = [[rng.randrange(100, 40_000) for _ in range(64)] for _ in range(32)]
+    body = {"max_tokens": 64, "ignore_eos": True, "temperature": 0}
+    cores = len(os.sched_getaffinity(0))
+
+    async def all_streams(port: int) -> None:
+        answers = await asyncio.gather(*(ask(port, {**body, "prompt": prompt}) for prompt in prompts))
+        assert all(len(tokens) == 64 for _, tokens, _, _ in answers)
+
+    ratios = []
+    with ServerProcess(f"smol={smollm2}", "--no-prefix-cache", log=tmp_path / "log") as server:
+        for _ in range(5):
+            with LLM(str(smollm2), prefix_cache=False) as llm:
+                params = SamplingParams(max_tokens=64, ignore_eos=True, temperature=0)
+                llm.generate(prompts[:1], params)
+                began = time.monotonic()
+                llm.generate(prompts, params)
+                offline_seconds = time.monotonic() - began
+            asyncio.run(all_streams(server.port))
+            began, cpu = time.monotonic(), time.process_time()
+            asyncio.run(all_streams(server.port))
+            seconds = time.monotonic() - began - (time.process_time() - cpu) / cores
+            ratios.append(offline_seconds / seconds)
+        count = server.metric("token_delivery_seconds_count")
+        late = count - server.metric('token_delivery_seconds_bucket{le="0.005",')
+    assert sorted(ratios)[2] >= 0.9, ratios
+    assert late / count < 0.05, f"{late:.0f} of {count:.0f} steps' tokens were later than 5 ms"
