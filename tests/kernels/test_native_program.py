@@ -160,6 +160,9 @@ def test_logits_do_not_depend_on_the_batch(model: Model, threads: int, dtype: st
         other.logits([(2, 5, [1, 2, 3]), (1, 34, TOKENS[34:])])[3:],
     ]
     assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert other.logits([(4, 0, TOKENS)]).tobytes() == whole.tobytes()  # with 16 rows a thread, each takes its own
+    mixed = other.logits([(5, 0, TOKENS[:1]), (6, 0, TOKENS[:25]), (7, 0, TOKENS[:30])])
+    assert mixed[26:].tobytes() == whole[:30].tobytes() and mixed[1:26].tobytes() == whole[:25].tobytes()
 
 
 def test_queued_steps_with_late_tokens(model: Model) -> None:
