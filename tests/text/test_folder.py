@@ -43,8 +43,16 @@ def test_where_the_chat_template_is(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     write(folder, "tokenizer_config", {"chat_template": named})
     assert Tokenizer.from_folder(folder).chat_template == "three"
+    assert Tokenizer.from_folder(folder).tool_template == "two"
     (folder / "chat_template.jinja").write_text("four")
     assert Tokenizer.from_folder(folder).chat_template == "four"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("five")
+    assert Tokenizer.from_folder(folder).tool_template == "five"
+    (folder / "chat_template.jinja").unlink()
+    write(folder, "tokenizer_config", {})
+    write(folder, "chat_template", {"chat_template": "six"})
+    assert Tokenizer.from_folder(folder).chat_template == "six"
 
 
 def test_truncation_and_padding_of_the_file_are_off(folder: Path) -> None:
