@@ -102,13 +102,16 @@ def test_file_environment_and_flags(tiny_model: str, tmp_path: Path) -> None:
     )
     with ServerProcess(
         "--config", str(config), "--max-context", "64", log=tmp_path / "log", HEADRACE_SERVE_MAX_SEQUENCES="2",
-        HEADRACE_SERVE_MAX_CONTEXT="80",
+        HEADRACE_SERVE_MAX_CONTEXT="80", HEADRACE_SERVE_PREFIX_CACHE="false",
     ) as server:  # fmt: skip
         (card,) = server.call("GET", "/v1/models")[1]["data"]
         assert card["id"] == "a" and card["max_model_len"] == 64
         status, answer = server.post("/v1/completions", {**SHORT, "n": 6})
         assert status == 400 and "(5)" in answer["error"]["message"]
         assert server.post("/v1/completions", {**SHORT, "n": 5})[0] == 200
+        for _ in range(2):
+            usage = server.post("/v1/completions", {"prompt": [5] * 40, "max_tokens": 1})[1]["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == 0
     for text, words in (("port: [", "YAML"), ("- 1", "flags"), ("nonsense: 1", "nonsense"), ("config: x", "config")):
         config.write_text(text)
         done = serve("--config", str(config))

@@ -17,7 +17,7 @@ NETWORK, LIMITS, ENGINE, OPERATION = "Network", "Limits", "Engine", "Operation"
 
 def _option(panel: str, help: str, flag: str, *more: str, **other: Any) -> Any:
     """An option that is also an environment variable: --max-queue is HEADRACE_SERVE_MAX_QUEUE."""
-    variable = PREFIX + flag.removeprefix("--").replace("-", "_").upper()
+    variable = PREFIX + flag.partition("/")[0].removeprefix("--").replace("-", "_").upper()
     return typer.Option(flag, *more, help=help, envvar=variable, show_envvar=False, rich_help_panel=panel, **other)
 
 
@@ -105,14 +105,14 @@ def serve(
         float,
         _option(OPERATION, "Seconds for requests to end after SIGTERM; a second one ends them.", "--drain-timeout"),
     ] = 60.0,
-    log_file: Annotated[str | None, _option(OPERATION, "File for the log [default: stderr].", "--log-file")] = None,
+    log_file: Annotated[str | None, _option(OPERATION, "File for the log; if not given, stderr.", "--log-file")] = None,
     log_level: Annotated[str, _option(OPERATION, "debug, info, warning or error.", "--log-level")] = "info",
     max_restarts: Annotated[
         int, _option(OPERATION, "Restarts of an engine within a minute before it is given up.", "--max-restarts")
     ] = 100,
     kernels: Annotated[str, _option(ENGINE, "Op set: auto, native or reference.", "--kernels")] = "auto",
     threads: Annotated[
-        int | None, _option(ENGINE, "Threads of the op set [default: one a core].", "--threads", show_default=False)
+        int | None, _option(ENGINE, "Threads of the op set; if not given, one a core.", "--threads", show_default=False)
     ] = None,
     activations: Annotated[
         str, _option(ENGINE, "int8 scales of activations: group or row.", "--activations")
@@ -122,11 +122,18 @@ def serve(
     ] = "auto",
     kv_memory: Annotated[
         int | None,
-        _option(ENGINE, "Bytes for keys and values [default: from free memory].", "--kv-memory", show_default=False),
+        _option(
+            ENGINE,
+            "Bytes for keys and values; if not given, by what memory is free.",
+            "--kv-memory",
+            show_default=False,
+        ),
     ] = None,
     max_context: Annotated[
         int | None,
-        _option(ENGINE, "Tokens of the longest sequence [default: the model's].", "--max-context", show_default=False),
+        _option(
+            ENGINE, "Tokens of the longest sequence; if not given, the model's.", "--max-context", show_default=False
+        ),
     ] = None,
     max_sequences: Annotated[int, _option(ENGINE, "Sequences that run at once.", "--max-sequences")] = 64,
     max_batch_tokens: Annotated[int, _option(ENGINE, "Tokens of a step.", "--max-batch-tokens")] = 512,
