@@ -102,6 +102,8 @@ BAD: list[tuple[str, tuple[str, bytes], int, str]] = [
     ("deadline of zero", completion(deadline_ms=0), 400, "deadline_ms"),
     ("deadline huge", completion(deadline_ms=1e18), 400, "deadline_ms"),
     ("min_tokens above max_tokens", completion(min_tokens=9), 400, "min_tokens"),
+    ("more log-probabilities than memory", completion(logprobs=256, n=12, max_tokens=500), 400, "1048576"),
+    ("a text that cannot fit", completion(prompt="x" * 150_000), 400, "131072"),
     # Lists
     ("too many stops", completion(stop=["x"] * 65), 400, "stop"),
     ("an empty stop", completion(stop=[""]), 400, "stop"),
@@ -273,6 +275,25 @@ def test_a_client_that_never_reads_is_given_up(tiny_server: ServerProcess) -> No
     for one in sockets:
         one.close()
     tiny_server.wait_idle()
+
+
+def test_many_large_bodies_at_once_are_bounded(tiny_server: ServerProcess) -> None:
+    """200 kB each, and never whole: the 17th is too many."""
+    sockets = []
+    for _ in range(24):
+        one = socket.create_connection(("127.0.0.1", tiny_server.port))
+        one.sendall(post_head(200_000) + b"x" * 199_000)
+        sockets.append(one)
+    answers = []
+    for one in sockets:
+        one.settimeout(3)
+        try:
+            answers.append(one.recv(12))
+        except ConnectionError:
+            answers.append(b"reset")
+        one.close()
+    assert answers.count(b"HTTP/1.1 503") >= 1 and answers.count(b"HTTP/1.1 408") >= 15, answers
+    assert tiny_server.post(*completion())[0] == 200
 
 
 def test_a_full_queue_is_told_with_a_time_to_come_back(tiny_server: ServerProcess) -> None:

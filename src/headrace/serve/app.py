@@ -14,6 +14,7 @@ from starlette.routing import Route, Router
 
 from .. import __version__
 from ..errors import ConfigError, HeadraceError
+from . import page
 from .bodies import (
     ChatBody,
     CompletionBody,
@@ -32,6 +33,7 @@ from .exchange import Exchange
 from .faults import Fault, left
 from .gate import Call, Gate
 from .keys import Keys
+from .live import Live
 from .metrics import Metrics
 from .models import Models, Served
 from .options import ServeOptions
@@ -39,6 +41,8 @@ from .replies import Replies, dumps
 from .stream import EventStream
 
 log = logging.getLogger("headrace.serve")
+
+BODIES_AT_ONCE = 16  # of the largest size, that may be on their way together
 
 
 class Streamed(Response):
@@ -62,11 +66,13 @@ class Server:
         self.options = options
         self.metrics = Metrics()
         self.models = Models(self.metrics, options.settings() | {"max_restarts": options.max_restarts})
+        self.live = Live(self.metrics, self.models)
         self.streams: set[EventStream] = set()
         self.calls: set[Call] = set()
         self.keys = Keys(options.api_key_file) if options.api_key_file else None
         self.admin_keys = Keys(options.admin_key_file) if options.admin_key_file else None
         self.draining = False
+        self._unread = 0  # bytes of bodies that are not whole yet
         self._key_trouble = ""  # told once
         self.started = time.time()
 
@@ -89,6 +95,8 @@ class Server:
             Route("/openapi.json", self.openapi),
             Route("/admin/load", self.load, methods=["POST"]),
             Route("/admin/unload", self.unload, methods=["POST"]),
+            *self.live.routes(),
+            *page.routes(),
         ]
         return Gate(Router(routes, redirect_slashes=False), self)
 
@@ -192,14 +200,20 @@ class Server:
             async with asyncio.timeout(seconds):
                 async for piece in request.stream():
                     data += piece
+                    self._unread += len(piece)
                     if len(data) > limit:
                         raise too_large
+                    if self._unread > BODIES_AT_ONCE * limit:
+                        raise Fault(503, "too many large bodies are on their way; try again later", code="busy",
+                                    headers=close | {"Retry-After": "2"})  # fmt: skip
         except TimeoutError:
             raise Fault(
                 408, f"the body did not come within {seconds:g} s", code="request_timeout", headers=close
             ) from None
         except ClientDisconnect:
             raise left() from None
+        finally:
+            self._unread -= len(data)
         return bytes(data)
 
     # Tokens

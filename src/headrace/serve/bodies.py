@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..async_llm import AsyncLLM
-from ..frontend import Frontend
 from ..types import Kind, SamplingParams
 from .faults import Fault
 from .parser import TextParser
@@ -20,6 +19,8 @@ from .parser import TextParser
 MAX_PROMPTS = 256
 MAX_CHOICES = 128
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_LOGPROB_ENTRIES = 1 << 20  # of a request: they are kept until it ends, at some 100 bytes each
+CHARACTERS_PER_TOKEN = 256  # more than any vocabulary needs: a longer text cannot fit, and is not encoded to find out
 LONG_TEXT = 8192  # characters above which encoding leaves the event loop
 
 
@@ -175,10 +176,9 @@ class Job:
 
 
 async def completion_job(body: CompletionBody, llm: AsyncLLM) -> Job:
-    frontend = llm.ready()
     if body.suffix:
         raise Fault(400, "suffix is not supported: the models here do not fill in", param="suffix")
-    prompts = await _prompts(frontend, body.prompt)
+    prompts = await _prompts(llm, body.prompt)
     scores_only = body.echo and body.max_tokens == 0
     n, best_of = body.n or (1 if body.n is None else 0), body.best_of
     if best_of is not None and (best_of < n or best_of > MAX_CHOICES):
@@ -214,6 +214,7 @@ async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
     if body.tools:
         raise Fault(400, "tools are not supported yet", param="tools")
     size = sum(len(str(message.get("content", ""))) for message in body.messages)
+    _check_length(llm, size, CHARACTERS_PER_TOKEN, "messages")
     prompt = await _encode(frontend.chat_ids, body.messages, size)
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     left = max(1, llm.config.max_context - len(prompt))
@@ -230,7 +231,7 @@ async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
 
 
 async def score_job(body: ScoreBody, llm: AsyncLLM) -> Job:
-    prompts = await _prompts(llm.ready(), body.prompt)
+    prompts = await _prompts(llm, body.prompt)
     params = SamplingParams(max_tokens=1, prompt_logprobs=body.top_logprobs or 0)
     job = Job(prompts, params, 1, chat=False, kind="score", top_logprobs=body.top_logprobs or 0, options=_options(body))
     _check_fit(job, llm, 0)
@@ -298,21 +299,31 @@ def _common(body: Body) -> dict[str, Any]:
     }
 
 
-async def _prompts(frontend: Frontend, given: Prompts) -> list[list[int]]:
+async def _prompts(llm: AsyncLLM, given: Prompts) -> list[list[int]]:
+    encode = llm.ready().prompt_ids
     kinds = {type(item) for item in given} if isinstance(given, list) else set()
     if len(kinds) > 1:
         raise Fault(400, "prompt must be a text, token ids, or a list of either; these are mixed", param="prompt")
     many: list[Any] = [given] if isinstance(given, str) or kinds == {int} else list(given)
     if not 1 <= len(many) <= MAX_PROMPTS:
         raise Fault(400, f"prompt must hold from 1 to {MAX_PROMPTS} prompts, got {len(many)}", param="prompt")
-    return [
-        await _encode(frontend.prompt_ids, prompt, len(prompt)) if prompt else _no_prompt(index)
-        for index, prompt in enumerate(many)
-    ]
+    for index, prompt in enumerate(many):
+        if not prompt:
+            raise Fault(400, f"prompt {index} is empty; give at least one token", param="prompt")
+        _check_length(llm, len(prompt), 1 if isinstance(prompt, list) else CHARACTERS_PER_TOKEN, "prompt")
+    return [await _encode(encode, prompt, len(prompt)) for prompt in many]
 
 
-def _no_prompt(index: int) -> list[int]:
-    raise Fault(400, f"prompt {index} is empty; give at least one token", param="prompt")
+def _check_length(llm: AsyncLLM, length: int, per_token: int, param: str) -> None:
+    """Refuse what cannot fit before any work is done on it."""
+    if length > (most := llm.config.max_context * per_token):
+        unit = "tokens" if per_token == 1 else "characters"
+        raise Fault(
+            400,
+            f"this model's context is {llm.config.max_context} tokens, at most {most} {unit}; the prompt has {length}",
+            code="context_length_exceeded",
+            param=param,
+        )
 
 
 async def _encode(encode: Callable[[Any], list[int]], what: Any, size: int) -> list[int]:
@@ -334,3 +345,19 @@ def _check_fit(job: Job, llm: AsyncLLM, asked: int) -> None:
                 code="context_length_exceeded",
                 param="messages" if job.chat else "prompt",
             )
+    entries = _logprob_entries(job)
+    if entries > MAX_LOGPROB_ENTRIES:
+        raise Fault(
+            400,
+            f"{entries} log-probabilities may come of this request, and {MAX_LOGPROB_ENTRIES} is the most; ask for "
+            "fewer, for fewer tokens or for fewer samples",
+            param="logprobs",
+        )
+
+
+def _logprob_entries(job: Job) -> int:
+    """The most (token, log-probability) pairs that a job can bring."""
+    params, prompts = job.params, sum(map(len, job.prompts))
+    of_prompts = 0 if params.prompt_logprobs is None else prompts * (params.prompt_logprobs + 1)
+    generated = job.sequences * params.max_tokens if job.kind == "generate" else 0
+    return of_prompts + (0 if params.logprobs is None else generated * (params.logprobs + 1))
