@@ -66,6 +66,14 @@ def test_arguments_may_be_json_text() -> None:
         assert render_chat(t.FAMILIES[family], given) == render_chat(t.FAMILIES[family], messages)
 
 
+def test_calls_that_are_null_are_none() -> None:
+    """As OpenAI's clients write a message that called nothing."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho", "tool_calls": None}]
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    for template in t.FAMILIES.values():
+        assert render_chat(template, messages) == render_chat(template, plain)
+
+
 CALLED = {"role": "assistant", "content": None}
 MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "tools a text": ({"tools": "weather"}, "tools must be a list"),

@@ -115,16 +115,14 @@ def _checked_message(i: int, message: Message) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise RequestError(f"message {i} must have a string or a list of parts as content, got {content!r:.80}")
     checked = {**message, "content": content} if "content" in message else {**message}
-    if "tool_calls" in message:
+    if checked.pop("tool_calls", None) is not None:
         checked["tool_calls"] = _checked_calls(i, message["tool_calls"])
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return checked if reasoning is None else {"thinking": reasoning, **checked, "reasoning_content": reasoning}
 
 
-def _checked_calls(i: int, calls: Any) -> list[Any] | None:
+def _checked_calls(i: int, calls: Any) -> list[Any]:
     """A message's tool calls, with arguments as the object that templates expect where they are given as JSON text."""
-    if calls is None:
-        return None
     if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
         raise RequestError(f"message {i} must have a list of objects as tool_calls, got {calls!r:.80}")
     checked = []
