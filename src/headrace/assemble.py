@@ -9,22 +9,28 @@ from typing import Any
 
 from .config import Resolved, SchedulerConfig, Settings
 from .engine import Engine
-from .errors import CapacityError, ConfigError, ModelFileError
+from .errors import CapacityError, ConfigError, ModelFileError, UnsupportedModelError
 from .formats.gguf import GGUFFile, open_gguf
 from .formats.hub import resolve
 from .formats.safetensors import Checkpoint, open_checkpoint
+from .grammar.compiled import Grammars
 from .kernels import choose_ops
 from .kernels.native import Limits, NativeOps
 from .kernels.reference import ReferenceOps
 from .memory.kv import PoolShape, kv_format, split_pages
 from .model.decoder import Decoder
+from .model.encoder import Encoder
+from .model.encoder_spec import EncoderSpec
+from .model.encoder_weights import load_encoder_weights
 from .model.families import read_spec
+from .model.families.encoders import is_encoder, read_encoder
 from .model.spec import ModelSpec
 from .model.weights import load_weights
 from .quant.read import read_quantised
 from .schedule.pages import UNBOUNDED, Pages, Path
 from .schedule.scheduler import Scheduler
 from .text.tokenizer import Tokenizer
+from .workers.embedder import Embedder
 from .workers.executor import Executor, ThreadExecutor
 from .workers.residents import Residents
 from .workers.runner import NativeRunner, Runner
@@ -45,25 +51,62 @@ class Model:
     spec: ModelSpec
 
     def tokenizer(self) -> Tokenizer:
-        if isinstance(self.file, GGUFFile):
-            tokenizer = Tokenizer.from_gguf(self.file.metadata, path=self.path)
-            if tokenizer.vocab_size != self.spec.vocab_size:
-                problem = f"has {tokenizer.vocab_size} tokens for {self.spec.vocab_size} rows of the embedding"
-                raise ModelFileError(self.path, "tokenizer.ggml.tokens", problem)
-            return tokenizer
-        return Tokenizer.from_folder(self.path)
+        return _tokenizer(self)
 
 
-def open_model(name: str) -> Model:
+@dataclass(frozen=True)
+class EncoderModel:
+    """An encoder on disk, opened but not loaded."""
+
+    name: str
+    path: FilePath
+    file: GGUFFile | Checkpoint
+    spec: EncoderSpec
+
+    def tokenizer(self) -> Tokenizer:
+        return _tokenizer(self)
+
+
+def _tokenizer(model: Model | EncoderModel) -> Tokenizer:
+    if isinstance(model.file, GGUFFile):
+        tokenizer = Tokenizer.from_gguf(model.file.metadata, path=model.path)
+        if tokenizer.vocab_size != model.spec.vocab_size:
+            problem = f"has {tokenizer.vocab_size} tokens for {model.spec.vocab_size} rows of the embedding"
+            raise ModelFileError(model.path, "tokenizer.ggml.tokens", problem)
+        return tokenizer
+    return Tokenizer.from_folder(model.path)
+
+
+def open_any(name: str) -> Model | EncoderModel:
     """Find a model (pulling it where needed), map its file and read its spec. Raises the errors of `formats` and
     `model.spec`."""
     path = resolve(name)
     file = read_quantised(open_checkpoint(path)) if path.is_dir() else open_gguf(path)
+    if is_encoder(file):
+        return EncoderModel(name, path, file, read_encoder(file))
     return Model(name, path, file, read_spec(file))
 
 
-def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
-    """Load the weights and put the engine together."""
+def open_model(name: str) -> Model:
+    """The same for what must generate text; UnsupportedModelError for an encoder."""
+    model = open_any(name)
+    if isinstance(model, EncoderModel):
+        raise UnsupportedModelError(
+            f"{name} is an encoder ({model.spec.architecture}): it generates nothing; embed texts with it "
+            "(headrace embed, LLM.embed)"
+        )
+    return model
+
+
+def build_embedder(model: EncoderModel, settings: Settings) -> Embedder:
+    """Load an encoder's weights. Of the settings those count that are not about keys and values."""
+    ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
+    encoder = Encoder(model.spec, load_encoder_weights(model.file, model.spec, ops))
+    return Embedder(encoder, ops, settings.max_batch_tokens, settings.max_sequences)
+
+
+def build_engine(model: Model, settings: Settings, grammars: Grammars | None = None) -> tuple[Engine, Resolved]:
+    """Load the weights and put the engine together. `grammars`: the ones that are compiled at its door."""
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     resolved = resolve_settings(model, settings, ops)
     spec = model.spec
@@ -73,7 +116,13 @@ def build_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
         ops.kv_cache(len(group.layers), pages, resolved.page_size, spec.kv_heads, spec.head_dim, resolved.kv_dtype)
         for group, pages in zip(spec.kv_groups, resolved.pages, strict=True)
     ]
-    residents = Residents(resolved.max_sequences, resolved.max_context, resolved.page_size, len(caches))
+    residents = Residents(
+        resolved.max_sequences,
+        resolved.max_context,
+        resolved.page_size,
+        len(caches),
+        grammars or Grammars(model.tokenizer, spec.vocab_size),
+    )
     ahead = resolved.steps_in_flight * resolved.max_batch_tokens
     pools = zip(spec.kv_groups, resolved.pages, strict=True)
     path = Path([Pages(pages, resolved.page_size, group.window, ahead) for group, pages in pools])

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .assemble import build_engine, open_model
+from .assemble import EncoderModel, build_embedder, build_engine, open_any
 from .completion import SCORE, Completion, Delta, Output, scored_logits
-from .config import Settings
+from .config import Resolved, Settings
 from .errors import EngineDeadError, RequestError
 from .formats.hub import DEFAULT_MODEL
 from .frontend import Frontend, Message, Prompt, Tool
+from .grammar.compiled import Grammars
 from .processes import uninterrupted
 from .types import Event, Kind, SamplingParams
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .workers.embedder import Embedder
 
 
 class LLM:
     """A model, its tokenizer and an engine. `settings` are the fields of `config.Settings`.
+
+    An encoder has no engine: it has `embed`, and `logits` or `classify` where its head is for that; a model that
+    generates has all the others. RequestError says so where they are mixed up.
 
     Calls from one thread only; streams may be interleaved with other calls. For asyncio, and for an engine in its
     own process, see AsyncLLM. Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, ConfigError or
@@ -27,14 +35,29 @@ class LLM:
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
-        opened = open_model(str(model))
+        opened = open_any(str(model))
         self.spec = opened.spec
-        self.engine, self.config = build_engine(opened, Settings(**settings))
+        self._grammars = Grammars(lambda: self.tokenizer, opened.spec.vocab_size)
+        self._running: tuple[Engine, Resolved] | Embedder
+        if isinstance(opened, EncoderModel):
+            self._running = build_embedder(opened, Settings(**settings))
+        else:
+            self._running = build_engine(opened, Settings(**settings), self._grammars)
         self.tokenizer = opened.tokenizer()  # while native threads still pack the weights
         self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         self._live: dict[str, Completion] = {}
         self._deltas: dict[str, list[Delta]] = {}
         self._closed = False
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of a model that generates."""
+        return self._decoder()[0]
+
+    @property
+    def config(self) -> Resolved:
+        """What it really runs with."""
+        return self._decoder()[1]
 
     # Doors
 
@@ -104,16 +127,40 @@ class LLM:
         return self._stream(ids, params or SamplingParams(), options)
 
     def logits(self, prompt: Prompt) -> np.ndarray:
-        """float32 [tokens, vocab]: what the model gives at each position of the prompt."""
+        """float32 [tokens, vocab]: what the model gives at each position of the prompt.
+
+        An encoder for masked tokens gives what belongs there; give token ids to have masks among them.
+        """
+        if not isinstance(self._running, tuple):
+            return self._encoder("masked").logits(self._whole_texts([prompt], truncate=False))[0]
         ids = self._frontend.prompt_ids(prompt)
         return scored_logits(self._run([self._start(ids, SCORE, kind="score")])[0].samples[0])
+
+    def embed(self, texts: Prompt | Sequence[Prompt], normalize: bool = True, truncate: bool = True) -> np.ndarray:
+        """float32 [texts, dim]: what an encoder makes of each text (or token ids), of length 1 if `normalize`.
+
+        Texts of mixed lengths share steps without padding, and each gives the same bytes alone. One of more tokens than
+        the model's `spec.context_length` is cut off there, or raises RequestError unless `truncate`.
+        """
+        embedder = self._encoder()
+        return embedder.embed(self._whole_texts(_prompts(texts), truncate), normalize)
+
+    def classify(self, texts: Prompt | Sequence[Prompt], truncate: bool = True) -> np.ndarray:
+        """float32 [texts, labels]: logits of each text's class, by an encoder that has such a head; the labels are
+        `spec.head.labels`."""
+        embedder = self._encoder("classify")
+        many = self._whole_texts(_prompts(texts), truncate)
+        labels = len(embedder.encoder.spec.head.labels) if embedder.encoder.spec.head else 0
+        return np.concatenate([np.empty((0, labels), np.float32), *embedder.logits(many)])
 
     def close(self) -> None:
         """Cancel what runs and stop the workers."""
         self._closed = True
         for request_id in list(self._live):
             self._cancel(request_id)
-        self.engine.close()
+        self._grammars.close()
+        if isinstance(self._running, tuple):
+            self.engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -128,18 +175,52 @@ class LLM:
     def _start(self, prompt_ids: list[int], params: SamplingParams, *, kind: Kind = "generate", **options: Any) -> str:
         if self._closed:
             raise EngineDeadError("this LLM was closed; make a new one")
+        engine = self.engine
         requests = self._frontend.requests(prompt_ids, params, kind=kind, **options)
+        if params.grammar is not None:
+            self._grammars.compile(params.grammar)
         request_id = requests[0].id
         self._live[request_id] = Completion(
             prompt_ids, params, self.tokenizer, lambda index: self._stop(request_id, index)
         )
         try:
             for request in requests:
-                self.engine.add(request)
+                engine.add(request)
         except BaseException:
             self._cancel(request_id)
             raise
         return request_id
+
+    def _encoder(self, task: Literal["masked", "classify"] | None = None) -> Embedder:
+        """What runs the encoder, if the model is one and has a head for the task."""
+        if self._closed:
+            raise EngineDeadError("this LLM was closed; make a new one")
+        if isinstance(self._running, tuple):
+            raise RequestError(f"{self.spec.name} generates text and embeds none; take an encoder, such as minilm")
+        head = self._running.encoder.spec.head
+        if task is not None and (head is None or head.task != task):
+            has = "no head" if head is None else f"a head for {_TASKS[head.task]}"
+            raise RequestError(f"{self.spec.name} has {has}; this needs one for {_TASKS[task]}")
+        return self._running
+
+    def _decoder(self) -> tuple[Engine, Resolved]:
+        if not isinstance(self._running, tuple):
+            raise RequestError(f"{self.spec.name} is an encoder: it embeds texts (embed) and generates none")
+        return self._running
+
+    def _whole_texts(self, texts: Sequence[Prompt], truncate: bool) -> list[list[int]]:
+        """Token ids of texts that an encoder takes whole. What is cut off stands before the token that ends a text."""
+        limit, many = self.spec.context_length, [self._frontend.prompt_ids(text) for text in texts]
+        ends = len(self.tokenizer.encode("")) // 2  # as many as the tokenizer puts before a text it puts behind it
+        for index, (ids, text) in enumerate(zip(many, texts, strict=True)):
+            if not ids or min(ids) < 0 or max(ids) >= self.spec.vocab_size:
+                last = self.spec.vocab_size - 1
+                raise RequestError(f"text {index} has no tokens, or ids that are not from 0 to {last}")
+            if len(ids) > limit and not (truncate and isinstance(text, str)):
+                raise RequestError(f"text {index} has {len(ids)} tokens, and the model takes {limit}; shorten it")
+            if len(ids) > limit:
+                many[index] = ids[: limit - ends] + ids[len(ids) - ends :]
+        return many
 
     def _run(self, request_ids: list[str]) -> list[Output]:
         live = [self._live[request_id] for request_id in request_ids]
@@ -192,6 +273,9 @@ class LLM:
     def _cancel(self, request_id: str) -> None:
         if self._live.pop(request_id, None):
             self.engine.finish(request_id)
+
+
+_TASKS = {"masked": "masked tokens", "classify": "classes"}
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

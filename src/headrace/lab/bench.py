@@ -177,7 +177,7 @@ def measure(
         for index, test in enumerate(tests):
             rows = test.batch if test.new else min(test.prompt, llm.config.max_batch_tokens)
             read = step_bytes(opened.file, opened.spec, rows)
-            cost = cost_of(test, llm.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
+            cost = cost_of(test, opened.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
             for rep in range(-1, reps):
                 seconds = _time(llm, test, rng)
                 if rep >= 0:
