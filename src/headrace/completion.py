@@ -180,5 +180,7 @@ def scored_logits(sample: Sample) -> np.ndarray:
 
 
 def stop_ids(params: SamplingParams, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Every token id that ends a sequence: the model's own, unless ignored, and the request's."""
-    return tuple(sorted({*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.eos_ids)}))
+    """Every token id that ends a sequence: the model's own, unless ignored, and the request's. A grammar's end is the
+    model's own even then."""
+    ignored = params.ignore_eos and params.grammar is None
+    return tuple(sorted({*params.stop_token_ids, *(() if ignored else tokenizer.eos_ids)}))

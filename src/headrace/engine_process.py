@@ -1,7 +1,7 @@
 """An engine in a process of its own: `python -m headrace.engine_process FD`, FD being its end of a socket pair.
 
-One loop and no other thread: take what the door sends, run a step, send what came of it. It ends when the socket
-does, so it never outlives the door.
+One loop: take what the door sends, run a step, send what came of it. The only other thread compiles grammars. It ends
+when the socket does, so it never outlives the door.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import sys
 
 from .assemble import build_engine, open_model
 from .engine import Engine
-from .errors import HeadraceError
+from .errors import HeadraceError, RequestError
+from .grammar.compiled import Compiler, Grammars
 from .processes import die_with_parent
 from .trace import StepTrace
 from .types import Event, Step
@@ -46,7 +47,9 @@ def serve(door: Door) -> None:
     if not isinstance(load, Load):
         return
     try:
-        engine, resolved = build_engine(open_model(load.model), load.settings)
+        opened = open_model(load.model)
+        grammars = Grammars(opened.tokenizer, opened.spec.vocab_size)
+        engine, resolved = build_engine(opened, load.settings, grammars)
     except HeadraceError as error:
         door.send(_refusal(None, error))
         door.flush()
@@ -54,14 +57,17 @@ def serve(door: Door) -> None:
     door.send(Ready(resolved))
     reports: list[Report] = []
     engine.observer = lambda step, trace: reports.append(_report(engine, step, trace))
+    desk = Desk(engine, door, grammars)
     while not door.closed:
         for message in door.take(wait=not engine.busy):
-            _obey(engine, door, message)
+            desk.obey(message)
+        desk.admit_compiled()
         if engine.busy:
             events = engine.step()
             _emit(engine, door, events, reports)
             reports.clear()
     engine.close()
+    grammars.close()
 
 
 def _report(engine: Engine, step: Step, trace: StepTrace) -> Report:
@@ -100,18 +106,50 @@ def _wait(engine: Engine, step: Step) -> Wait:
     return "tokens" if step.rows >= config.max_batch_tokens else "pages"
 
 
-def _obey(engine: Engine, door: Door, message: ToEngine) -> None:
-    if isinstance(message, Finish):
-        _emit(engine, door, engine.finish(message.request_id, message.sample_index, message.reason), [])
-    elif isinstance(message, Inspect):
-        door.send(PageMap([pool.map() for pool in engine.scheduler.path.pools]))
-    elif isinstance(message, Add):
+class Desk:
+    """Does what the door's messages ask. A request with a new grammar waits here until that is compiled, in a thread
+    beside the loop; steps go on meanwhile."""
+
+    def __init__(self, engine: Engine, door: Door, grammars: Grammars) -> None:
+        self._engine, self._door, self._grammars = engine, door, grammars
+        self._compiler = Compiler(grammars, door.wake)
+        self._waiting: dict[str, Add] = {}  # by request id
+
+    def obey(self, message: ToEngine) -> None:
+        engine = self._engine
+        if isinstance(message, Finish):
+            if message.sample_index is None:
+                self._waiting.pop(message.request_id, None)
+            _emit(engine, self._door, engine.finish(message.request_id, message.sample_index, message.reason), [])
+        elif isinstance(message, Inspect):
+            self._door.send(PageMap([pool.map() for pool in engine.scheduler.path.pools]))
+        elif isinstance(message, Add):
+            request = message.requests[0]
+            grammar = request.params.grammar
+            if grammar is None or self._grammars.known(grammar):
+                self._admit(message)
+            else:
+                self._waiting[request.id] = message
+                self._compiler.start(request.id, grammar)
+
+    def admit_compiled(self) -> None:
+        """Let in whose grammar is ready; refuse whose grammar cannot be."""
+        for request_id, problem in self._compiler.take():
+            message = self._waiting.pop(request_id, None)
+            if message is not None and problem is not None:
+                self._door.send(_refusal(request_id, RequestError(problem)))
+            elif message is not None:
+                self._admit(message)
+
+    def _admit(self, message: Add) -> None:
         try:
+            if (grammar := message.requests[0].params.grammar) is not None:
+                self._grammars.compile(grammar)
             for request in message.requests:
-                engine.add(request)
+                self._engine.add(request)
         except HeadraceError as error:
-            engine.finish(message.requests[0].id)
-            door.send(_refusal(message.requests[0].id, error))
+            self._engine.finish(message.requests[0].id)
+            self._door.send(_refusal(message.requests[0].id, error))
 
 
 def _emit(engine: Engine, door: Door, events: list[Event], reports: list[Report]) -> None:
@@ -141,6 +179,10 @@ class Door:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connection = connection
+        self._bell, self._ringer = socket.socketpair()
+        self._bell.setblocking(False)
+        self._ringer.setblocking(False)
+        self._woken = False
         self._unread, self._unsent = bytearray(), bytearray()
         self.closed = False
 
@@ -162,14 +204,24 @@ class Door:
             while length := self._complete():
                 messages.append(to_engine.decode(self._unread[HEADER.size : length]))
                 del self._unread[:length]
-            if self.closed or messages or not (wait or len(self._unsent) > MAX_UNSENT):
+            woken, self._woken = self._woken, False
+            if self.closed or messages or not ((wait and not woken) or len(self._unsent) > MAX_UNSENT):
                 return messages
+
+    def wake(self) -> None:
+        """End a `take` that waits. The only method for other threads."""
+        try:
+            self._ringer.send(b"!")
+        except BlockingIOError:
+            pass  # it has been rung often enough
 
     def _exchange(self, seconds: float | None) -> None:
         """Read and write what can be, waiting `seconds` (None: for ever) until something can."""
         writers = [self._connection] if self._unsent else []
-        readable, writable, _ = select.select([self._connection], writers, [], seconds)
-        if readable:
+        readable, writable, _ = select.select([self._connection, self._bell], writers, [], seconds)
+        if self._bell in readable:
+            self._woken = bool(self._bell.recv(1 << 12))
+        if self._connection in readable:
             data = self._connection.recv(1 << 20)
             self.closed = not data
             self._unread += data

@@ -123,6 +123,8 @@ class Frontend:
             for token in tokens:
                 if token >= self.vocab_size:
                     raise RequestError(f"{name} names token {token}; ids go from 0 to {self.vocab_size - 1}")
+        if params.grammar is not None and not self.tokenizer.eos_ids:
+            raise RequestError("this model has no end token, so an answer cannot end where its grammar does")
         now = time.monotonic()
         first = Request(
             id=f"request-{next(self._numbers)}",

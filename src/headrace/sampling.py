@@ -60,6 +60,7 @@ def sample(
     prompt_ids: TokenIds,
     output_ids: TokenIds,
     stop_ids: TokenIds,
+    allowed: np.ndarray | None = None,
 ) -> int:
     """Choose the token at `position` (0 is the prompt's first) of a sequence from its logits, float32 [vocab].
 
@@ -69,13 +70,14 @@ def sample(
     min_p times as likely as the best one (Nguyen et al. 2024). Ties go to the lower id, and at least one token stays.
     The draw inverts the cumulative distribution of what is left, in order of token ids.
 
-    `prompt_ids` and `output_ids` are read only for penalties; long ones cost least as integer arrays.
+    `prompt_ids` and `output_ids` are read only for penalties; long ones cost least as integer arrays. `allowed`, bool
+    [vocab], bans all other tokens.
 
     Raises SamplingError where a logit is NaN or infinite, or every token is banned, and RequestError where a bias or a
     ban names a token outside the vocabulary.
     """
     logits = _checked(logits)
-    adjusted = _adjusted(logits, params, prompt_ids, output_ids, stop_ids)
+    adjusted = _adjusted(logits, params, prompt_ids, output_ids, stop_ids, allowed)
     best = int(adjusted.argmax())
     if adjusted[best] == -np.inf:
         raise SamplingError(f"all {len(logits)} tokens are banned at position {position}: ban fewer tokens")
@@ -123,16 +125,23 @@ def _checked(logits: np.ndarray) -> np.ndarray:
 
 
 def _adjusted(
-    logits: np.ndarray, params: SamplingParams, prompt_ids: TokenIds, output_ids: TokenIds, stop_ids: TokenIds
+    logits: np.ndarray,
+    params: SamplingParams,
+    prompt_ids: TokenIds,
+    output_ids: TokenIds,
+    stop_ids: TokenIds,
+    allowed: np.ndarray | None,
 ) -> np.ndarray:
     """Logits after all that comes before temperature, -inf where banned; `logits` itself if nothing applies."""
     vocab = len(logits)
     banned = _inside(params.banned_tokens, vocab, "banned_tokens")
     if len(output_ids) < params.min_tokens:
         stops = np.asarray(stop_ids, np.int64)
-        banned = np.concatenate([banned, stops[stops < vocab]])  # others cannot be sampled anyway
+        stops = stops[stops < vocab]  # others cannot be sampled anyway
+        if allowed is None or np.count_nonzero(allowed) > np.count_nonzero(allowed[stops]):
+            banned = np.concatenate([banned, stops])
     counted = bool(params.presence_penalty or params.frequency_penalty) and len(output_ids) > 0
-    if not (len(banned) or params.logit_bias or params.repetition_penalty != 1 or counted):
+    if not (len(banned) or params.logit_bias or params.repetition_penalty != 1 or counted or allowed is not None):
         return logits
 
     out = logits.copy()
@@ -150,6 +159,8 @@ def _adjusted(
         ids, counts = np.unique(np.asarray(output_ids, np.int64), return_counts=True)
         _store(out, ids, out[ids] - (counts * float(params.frequency_penalty) + float(params.presence_penalty)))
     out[banned] = -np.inf
+    if allowed is not None:
+        out[~allowed] = -np.inf
     return out
 
 

@@ -77,6 +77,7 @@ def sample_spec(
         and not (params.min_tokens or params.return_logits)
         and params.typical_p == 1
         and params.logprobs is None
+        and params.grammar is None
     )
     if not plain:
         return None

@@ -54,7 +54,7 @@ def _in_python(chunk: Chunk, resident: Resident, logits: list[np.ndarray]) -> tu
 
 
 def _sample(resident: Resident, logits: np.ndarray) -> int:
-    request = resident.request
+    request, output_ids = resident.request, resident.output_ids
     return sample(
         logits,
         request.params,
@@ -62,8 +62,9 @@ def _sample(resident: Resident, logits: np.ndarray) -> int:
         sample_index=request.sample_index,
         position=len(resident.tokens),
         prompt_ids=request.prompt_ids,
-        output_ids=resident.tokens[resident.prompt_length :],
+        output_ids=output_ids,
         stop_ids=request.stop_ids,
+        allowed=resident.matcher.allowed(output_ids) if resident.matcher else None,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..grammar.compiled import Grammars, Matcher
 from ..kernels.ops import Batch, KVGroupBatch
 from ..types import LATE, Chunk, Request, Step
 
@@ -13,17 +14,22 @@ from ..types import LATE, Chunk, Request, Step
 class Resident:
     """One sequence on this worker: its tokens as far as they are known here, and its row in the page tables."""
 
-    __slots__ = ("in_python", "pages", "request", "sampling", "slot", "tokens")
+    __slots__ = ("in_python", "matcher", "pages", "request", "sampling", "slot", "tokens")
 
     def __init__(self, request: Request, tokens: list[int], slot: int, pools: int) -> None:
         self.request, self.tokens, self.slot = request, tokens, slot
         self.pages: list[list[int]] = [[] for _ in range(pools)]  # in each pool, from position 0 on
         self.sampling: bytes | None = None  # what the runner keeps to sample for it
         self.in_python = False  # the token of its last chunk is sampled in Python
+        self.matcher: Matcher | None = None  # where it must keep to a grammar
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,13 @@ class Rows:
 
 
 class Residents:
-    """All sequences on a worker. At most `max_sequences` at once, of at most `max_context` tokens, in `pools` pools."""
+    """All sequences on a worker. At most `max_sequences` at once, of at most `max_context` tokens, in `pools` pools.
+    `grammars` is for those that keep to one."""
 
-    def __init__(self, max_sequences: int, max_context: int, page_size: int, pools: int) -> None:
-        self._page_size = page_size
+    def __init__(
+        self, max_sequences: int, max_context: int, page_size: int, pools: int, grammars: Grammars | None = None
+    ) -> None:
+        self._page_size, self._grammars = page_size, grammars
         self._by_handle: dict[int, Resident] = {}
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._tables = [np.zeros((max_sequences, -(-max_context // page_size)), np.int32) for _ in range(pools)]
@@ -70,7 +79,9 @@ class Residents:
             self._free_slots.append(self._by_handle.pop(handle).slot)
         for opened in step.opened:
             slot = self._free_slots.pop()
-            self._by_handle[opened.seq] = Resident(opened.request, list(opened.tokens), slot, len(self._tables))
+            resident = Resident(opened.request, list(opened.tokens), slot, len(self._tables))
+            resident.matcher = self._grammars.matcher(opened.request) if self._grammars else None
+            self._by_handle[opened.seq] = resident
         for chunk in step.chunks:
             resident = self._by_handle[chunk.seq]
             for pool, pages in enumerate(chunk.new_pages):

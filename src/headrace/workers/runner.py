@@ -61,6 +61,9 @@ class NativeRunner:
         ticket = self._program.submit(
             rows.tokens, rows.positions, rows.chunk_rows, rows.logit_rows, rows.groups, _samples(rows)
         )
+        for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
+            if resident.matcher is not None and chunk.samples:
+                resident.matcher.prepare(resident.output_ids)  # while the step is computed
         queued = _Queued(step.number, rows, ticket)
         while self._open and self._open[0].settled:
             self._open.popleft()
