@@ -349,7 +349,7 @@ class Long(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
-        body = {"prompt": "Once", "max_tokens": self.tokens, "ignore_eos": True}
+        body = {"prompt": "Once", "max_tokens": self.tokens, "ignore_eos": True, "return_token_ids": True}
         try:
             for event in self.server.stream("/v1/completions", body):
                 self.events.append(event)
