@@ -616,11 +616,9 @@ def _build(ops: NativeOps, batch: Batch, records: list[Record], output: Value | 
 def _instruction(item: Item) -> Instruction:
     a = item.attributes
     weights = [part["weight"] for part in a.get("parts", ())]
-    shapes = tuple((weight.rows, weight.cols) for weight in weights)
-    if item.kind == "experts":  # those of one row, as if they were one
+    if item.kind == "experts":  # those of one row
         weights = [weight for name in ("gate", "up", "down") for weight in a[name][: a["chosen"]]]
-        width = a["chosen"] * a["gate"][0].rows
-        shapes = ((width, a["gate"][0].cols), (width, a["up"][0].cols), (a["down"][0].rows, width))
+    shapes = tuple((weight.rows, weight.cols) for weight in weights)
     return Instruction(item.kind, shapes, sum(weight.nbytes for weight in weights))
 
 
