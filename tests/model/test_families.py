@@ -8,12 +8,15 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from headrace.errors import ModelFileError
+from headrace.errors import ModelFileError, UnsupportedModelError
 from headrace.kernels import native
 from headrace.kernels.native import NativeOps
 from headrace.model.families import read_spec
@@ -24,6 +27,7 @@ from .conftest import TOKENS
 from .family_models import FAMILIES, save_family, write_family_gguf
 from .harness import Model, NativeModel, Part, open_model, perturbed, relative_error, same_bytes
 from .test_gate import PERTURBATIONS
+from .test_spec import HOSTILE
 
 BOUND = 1e-4
 ISAS = [] if native.missing() is not None else native._native.supported_isas
@@ -206,6 +210,31 @@ def test_a_wrong_spec_fails_the_gate(family: Families, field: str, name: str, ch
     except (ModelFileError, KeyError):  # a weight that the file, or the family, does not have
         return
     assert error > BOUND
+
+
+def hostile(values: dict[str, Any], data: st.DataObject) -> dict[str, Any]:
+    """Values with one of them changed into anything, or left out."""
+    field = data.draw(st.sampled_from(sorted(values)))
+    value = data.draw(HOSTILE)
+    return {name: old for name, old in values.items() if name != field} | ({} if value is None else {field: value})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_hostile_values_end_in_typed_errors(family: Families, name: str, data: st.DataObject) -> None:
+    folder = open_model(family(name).folder)
+    try:
+        read_spec(dataclasses.replace(folder, config=hostile(folder.config, data)))
+    except (ModelFileError, UnsupportedModelError):
+        pass
+    if FAMILIES[name].arch is not None:
+        file = open_model(family(name).gguf())
+        own = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
+        try:
+            read_spec(dataclasses.replace(file, metadata=hostile(own, data)))
+        except (ModelFileError, UnsupportedModelError):
+            pass
 
 
 def test_layers_without_rotation(family: Families) -> None:

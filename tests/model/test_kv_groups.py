@@ -82,7 +82,7 @@ def test_the_trace_tells_the_load_of_each_expert(tmp_path: Path) -> None:
         answers(engine)
         steps = list(engine.trace)
         engine.close()
-        assert all(sum(step.expert_load) == 5 * 3 * step.rows for step in steps), "three of each layer's seven, each row"
+        assert all(sum(step.expert_load) == 5 * 3 * step.rows for step in steps), "three of seven a layer and row"
         loads.append([step.expert_load for step in steps])
     assert all(load == loads[0] for load in loads)
 

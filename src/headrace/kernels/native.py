@@ -616,9 +616,11 @@ def _build(ops: NativeOps, batch: Batch, records: list[Record], output: Value | 
 def _instruction(item: Item) -> Instruction:
     a = item.attributes
     weights = [part["weight"] for part in a.get("parts", ())]
-    if item.kind == "experts":  # those of one row
-        weights = [weight for name in ("gate", "up", "down") for weight in a[name][: a["chosen"]]]
     shapes = tuple((weight.rows, weight.cols) for weight in weights)
+    if item.kind == "experts":  # those of one row, as if they were one
+        weights = [weight for name in ("gate", "up", "down") for weight in a[name][: a["chosen"]]]
+        width = a["chosen"] * a["gate"][0].rows
+        shapes = ((width, a["gate"][0].cols), (width, a["up"][0].cols), (a["down"][0].rows, width))
     return Instruction(item.kind, shapes, sum(weight.nbytes for weight in weights))
 
 
