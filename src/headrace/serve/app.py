@@ -14,6 +14,7 @@ from starlette.routing import Route, Router
 
 from .. import __version__
 from ..errors import ConfigError, HeadraceError
+from . import page
 from .bodies import (
     ChatBody,
     CompletionBody,
@@ -32,6 +33,7 @@ from .exchange import Exchange
 from .faults import Fault, left
 from .gate import Call, Gate
 from .keys import Keys
+from .live import Live
 from .metrics import Metrics
 from .models import Models, Served
 from .options import ServeOptions
@@ -64,6 +66,7 @@ class Server:
         self.options = options
         self.metrics = Metrics()
         self.models = Models(self.metrics, options.settings() | {"max_restarts": options.max_restarts})
+        self.live = Live(self.metrics, self.models)
         self.streams: set[EventStream] = set()
         self.calls: set[Call] = set()
         self.keys = Keys(options.api_key_file) if options.api_key_file else None
@@ -92,6 +95,8 @@ class Server:
             Route("/openapi.json", self.openapi),
             Route("/admin/load", self.load, methods=["POST"]),
             Route("/admin/unload", self.unload, methods=["POST"]),
+            *self.live.routes(),
+            *page.routes(),
         ]
         return Gate(Router(routes, redirect_slashes=False), self)
 
