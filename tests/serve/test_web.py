@@ -101,7 +101,7 @@ def test_steps_and_requests(tiny_server: ServerProcess):
     prefill = sum(span[3] for span in row["spans"] if span[0] == "p")
     decode = sum(span[3] for span in row["spans"] if span[0] == "d")
     assert (prefill + row["cached"], decode) == (160, 8)
-    times = [row["began"], *row["opened"], row["first"], row["ended"], state["now"]]
+    times = [row["began"], *row["opened"], row["first"], row["last"], row["ended"], state["now"]]
     assert times == sorted(times) and len(row["opened"]) == 1
     ask(tiny_server, prompt=prompt, max_tokens=1)
     assert look(tiny_server)["requests"][-1]["cached"] > 100

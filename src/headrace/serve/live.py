@@ -45,8 +45,9 @@ class Row:
     prompt: int
     began: float
     opened: list[float] = field(default_factory=list)  # admissions: the first, and those after preemptions
-    first: float | None = None
-    ended: float | None = None
+    first: float | None = None  # token, known at the end
+    last: float | None = None  # token
+    ended: float | None = None  # together with all sequences of its HTTP request
     reason: str | None = None
     generated: int = 0
     cached: int = 0
@@ -120,8 +121,10 @@ class Live:
         for running in exchange.running:
             for index, sample in enumerate(running.completion.output.samples):
                 if row := self._rows.get((running.id, index)):
-                    row.ended, row.first = now, exchange.first
-                    row.generated = len(sample.token_ids)
+                    row.ended, row.generated = now, len(sample.token_ids)
+                    if row.opened and row.generated:
+                        row.first = min(now, row.opened[0] + sample.timings.prefill)
+                        row.last = min(now, row.first + sample.timings.decode)
                     row.reason = exchange.fault.code if exchange.fault else sample.finish_reason
 
     # Telling

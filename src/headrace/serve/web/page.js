@@ -363,9 +363,8 @@ function partsOf(one, now) {
   const opened = one.opened[0];
   const parts = [["k-wait", one.began, opened ?? end, "queued"]];
   if (opened !== undefined) {
-    if (one.spans.length === 0) {
-      parts.push(["k-prefill", opened, one.first ?? end, "prefill"]);
-      if (one.first) parts.push(["k-decode", one.first, end, "decode"]);
+    if (one.first !== null) {  // also where steps were not seen one by one
+      parts.push(["k-prefill faint", opened, one.first, "prefill"], ["k-decode faint", one.first, one.last, "decode"]);
     }
     let last = opened;
     for (const [kind, start, stop, tokens] of one.spans) {
