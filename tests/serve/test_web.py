@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +147,21 @@ def test_preemptions_are_seen(tiny_model: str, tmp_path: Path):
         for row in rows:
             again = [span for span in row["spans"] if span[0] == "p" and span[1] > row["opened"][-1] - 1e-6]
             assert row["opened"] == sorted(row["opened"]) and (again or len(row["opened"]) == 1)
+
+
+def test_an_engine_that_dies(tiny_model: str, tmp_path: Path):
+    """The view answers while there is no engine, and tells of the next one's steps."""
+    with ServerProcess(f"tiny={tiny_model}", "--threads", "1", log=tmp_path / "log") as server:
+        ask(server, prompt=[1, 2, 3], max_tokens=5)
+        before = look(server)
+        os.kill(server.engine_pids()[0], signal.SIGKILL)
+        states = {look(server)["state"] for _ in range(20)}
+        assert states <= {"ready", "restarting"}
+        ask(server, prompt=[1, 2, 3, 4], max_tokens=6)
+        state = look(server, before["step"])
+        row = state["requests"][-1]
+        assert (state["state"], row["prompt"], row["generated"]) == ("ready", 4, 6)
+        assert sum(span[3] for span in row["spans"] if span[0] == "d") == 5 and state["steps"]
 
 
 def test_rows_are_bounded(tiny_server: ServerProcess):

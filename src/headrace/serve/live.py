@@ -187,6 +187,7 @@ class Live:
         now = time.monotonic()
         if task is None or (now - asked > MAP_SECONDS and task.done()):
             task = asyncio.create_task(_map(served))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, even if nobody waits
             self._maps[served.name] = now, task
         await asyncio.wait([task], timeout=MAP_PATIENCE)
         if not task.done() or task.cancelled() or task.exception() is not None:
