@@ -329,17 +329,17 @@ def load(
     ] = None,
     speed: Annotated[float, typer.Option(help="With --trace: so many times as fast.")] = 1.0,
     requests: Annotated[
-        int | None, typer.Option(help="How many [default: 100, or the trace's].", show_default=False)
+        int | None, typer.Option(help="How many; 100 if not given, or the trace's.", show_default=False)
     ] = None,
     duration: Annotated[
         float | None, typer.Option(help="Seconds in which requests are sent.", show_default=False)
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(help="Of each [default: 64]; of a trace's at most.", show_default=False)
+        int | None, typer.Option(help="Of each, 64 if not given; of a trace's at most.", show_default=False)
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="To generate for each [default: 64]; of a trace's at most.", show_default=False),
+        typer.Option(help="To generate for each, 64 if not given; of a trace's at most.", show_default=False),
     ] = None,
     slo_ttft: Annotated[
         float | None, typer.Option(help="Seconds in which the first token must come.", show_default=False)
@@ -348,7 +348,8 @@ def load(
         float | None, typer.Option(help="Seconds that may pass between two tokens.", show_default=False)
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="By the server's name [default: its own].", show_default=False)
+        str | None,
+        typer.Option("--model", "-m", help="By the server's name; its default if not given.", show_default=False),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File whose first line is the key to use.", show_default=False)
