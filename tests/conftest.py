@@ -13,3 +13,9 @@ from headrace.formats import hub
 def smollm2() -> Path:
     """The default model's GGUF file, pulled once into the cache."""
     return hub.pull(hub.DEFAULT_MODEL, progress=False)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, pulled once into the cache."""
+    return hub.pull("minilm", progress=False)

@@ -155,6 +155,23 @@ def chat(
 
 
 @app.command()
+def embed(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; standard input's lines if there are none.")] = None,
+    model: Model = "minilm",
+    normalize: Annotated[bool, typer.Option(help="Bring each embedding to length 1.")] = True,
+    kernels: Kernels = "auto",
+    threads: Threads = None,
+) -> None:
+    """Embed texts with an encoder: a JSON list of numbers for each, one a line."""
+    from .llm import LLM
+
+    many = texts or _read_prompt(None).splitlines()
+    with LLM(model, kernels=kernels, threads=threads) as llm:
+        for vector in llm.embed(many, normalize):
+            print(json.dumps([float(f"{value:.7g}") for value in vector]))
+
+
+@app.command()
 def pull(model: Annotated[str, typer.Argument(help="Alias or hf:org/name[:file].")] = DEFAULT_MODEL) -> None:
     """Fetch a model into the cache and print where it lies."""
     from .formats.hub import pull as fetch
@@ -282,6 +299,39 @@ def overhead(
         print(json.dumps(rows))
     else:
         print_overhead(rows)
+
+
+@bench_app.command("embed")
+def bench_embed(
+    model: Model = "minilm",
+    texts: Annotated[int, typer.Option(min=1, max=100_000, help="Texts, of 3 to 60 words.")] = 256,
+    reps: Annotated[int, typer.Option(min=1, max=1000, help="Runs; the median is shown.")] = 5,
+    as_json: Json = False,
+    kernels: Kernels = "auto",
+    threads: Threads = None,
+    against: Annotated[str, typer.Option(help="Run in turn with ours: sentence-transformers.")] = "",
+    peers: Annotated[
+        str | None,
+        typer.Option(help="Folder of their environments, FOLDER/<peer>/bin/python.", envvar="HEADRACE_PEERS"),
+    ] = None,
+) -> None:
+    """Measure how fast texts of mixed lengths are embedded."""
+    from .assemble import thread_count
+    from .formats.hub import resolve
+    from .lab.against import peer_models, peers_folder, started
+    from .lab.embedding import measure_embedding, print_embedding
+
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    models = peer_models(names, [], resolve(model))
+    with (
+        started(names, peers_folder(peers), models, thread_count(threads)) as others,
+        _progress("runs", quiet=as_json) as advance,
+    ):
+        report = measure_embedding(model, texts, reps, advance, others, kernels=kernels, threads=threads)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_embedding(report)
 
 
 @bench_app.command()

@@ -106,6 +106,7 @@ class LLM:
         `tools`: what the model may call, [{"type": "function", "function": {"name", "description", "parameters"}}];
         `template_variables`: switches of the model's own chat template, such as {"enable_thinking": False}.
         """
+        self._decoder()
         ids = self._frontend.chat_ids(messages, tools, template_variables)
         return self._run([self._start(ids, params or SamplingParams(), **options)])[0]
 
@@ -123,6 +124,7 @@ class LLM:
         **options: Any,
     ) -> Iterator[Delta]:
         """`chat`, piece by piece."""
+        self._decoder()
         ids = self._frontend.chat_ids(messages, tools, template_variables)
         return self._stream(ids, params or SamplingParams(), options)
 

@@ -17,6 +17,7 @@ from ..errors import ConfigError, HeadraceError
 SCRIPTS = {
     "llama.cpp": "llama_cpp_peer.py",
     "openvino": "openvino_peer.py",
+    "sentence-transformers": "sentence_transformers_peer.py",
     "transformers": "transformers_peer.py",
     "vllm": "vllm_peer.py",
 }
