@@ -65,6 +65,7 @@ def test_minilm_is_transformers(llm: LLM, theirs: np.ndarray) -> None:
 
 def test_minilm_is_sentence_transformers(llm: LLM, minilm: Path) -> None:
     module = pytest.importorskip("sentence_transformers")
+    pytest.importorskip("torch").set_num_threads(1)  # its threads spin
     theirs = module.SentenceTransformer(str(minilm), device="cpu").encode(TEXTS, show_progress_bar=False)
     assert distances(llm.embed(TEXTS), theirs).max() < 1e-6
 
