@@ -105,7 +105,7 @@ class Server:
     async def chat(self, request: Request) -> Response:
         body = parse(ChatBody, await self._body(request))
         served = self._taking(body.model)
-        return await self._run(request, served, await chat_job(body, served.llm))
+        return await self._run(request, served, await chat_job(body, served.llm, self.options.tool_parser))
 
     async def completions(self, request: Request) -> Response:
         body = parse(CompletionBody, await self._body(request))

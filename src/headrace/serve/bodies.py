@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,8 @@ from ..async_llm import AsyncLLM
 from ..types import Kind, SamplingParams
 from .faults import Fault
 from .parser import TextParser
+from .structured import grammar_of
+from .tools import as_messages, dialect_for, knows_tools, toolbox
 
 MAX_PROMPTS = 256
 MAX_CHOICES = 128
@@ -65,6 +68,8 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     guided_json: Any = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
+    guided_choice: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class CompletionBody(Body, frozen=True, kw_only=True):
@@ -200,7 +205,8 @@ async def completion_job(body: CompletionBody, llm: AsyncLLM) -> Job:
     return job
 
 
-async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
+async def chat_job(body: ChatBody, llm: AsyncLLM, tool_parser: str = "auto") -> Job:
+    """`tool_parser`: a name of tools.DIALECTS, or "auto"."""
     frontend = llm.ready()
     if body.audio is not None or (body.modalities and body.modalities != ["text"]):
         raise Fault(400, "only text can be generated here", param="modalities")
@@ -211,11 +217,13 @@ async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
                 raise Fault(
                     400, f"message {index} has a part that is no text; only text is understood", param="messages"
                 )
-    if body.tools:
-        raise Fault(400, "tools are not supported yet", param="tools")
-    size = sum(len(str(message.get("content", ""))) for message in body.messages)
+    box = toolbox(body.tools, body.tool_choice, body.parallel_tool_calls, dialect_for(tool_parser, llm.tokenizer))
+    size = sum(len(str(message.get("content", ""))) for message in body.messages) + (len(str(box.tools)) if box else 0)
     _check_length(llm, size, CHARACTERS_PER_TOKEN, "messages")
-    prompt = await _encode(frontend.chat_ids, body.messages, size)
+    messages, tools = body.messages, box.tools if box else None
+    if not knows_tools(llm.tokenizer):
+        messages, tools = as_messages(messages, tools or ()), None
+    prompt = await _encode(partial(frontend.chat_ids, tools=tools), messages, size)
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     left = max(1, llm.config.max_context - len(prompt))
     own: dict[str, Any] = {"max_tokens": left if wanted is None else wanted}
@@ -224,8 +232,13 @@ async def chat_job(body: ChatBody, llm: AsyncLLM) -> Job:
     top = (body.top_logprobs or 0) if body.logprobs else None
     if top is not None:
         own["logprobs"] = top
+    if box is not None and box.forced:
+        own["grammar"] = box.grammar(llm.tokenizer)
+    if box is not None and box.special(llm.tokenizer):
+        own["skip_special_tokens"] = False
     params = _params(body, n=1 if body.n is None else body.n, **own)
     job = Job([prompt], params, params.n, chat=True, top_logprobs=top, **_common(body))
+    job.parser = box.parser if box else None
     _check_fit(job, llm, wanted or 0)
     return job
 
@@ -236,16 +249,6 @@ async def score_job(body: ScoreBody, llm: AsyncLLM) -> Job:
     job = Job(prompts, params, 1, chat=False, kind="score", top_logprobs=body.top_logprobs or 0, options=_options(body))
     _check_fit(job, llm, 0)
     return job
-
-
-def constraint(body: Body) -> dict[str, Any]:
-    """SamplingParams' fields for what the answer must look like (response_format and its relatives)."""
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise Fault(400, "response_format other than text is not supported yet", param="response_format")
-    for name in ("guided_json", "guided_regex", "guided_grammar"):
-        if getattr(body, name) is not None:
-            raise Fault(400, f"{name} is not supported yet", param=name)
-    return {}
 
 
 _SAME = (
@@ -267,7 +270,7 @@ def _params(body: Body, **own: Any) -> SamplingParams:
             given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
         except ValueError:
             raise Fault(400, "logit_bias must map token ids to numbers", param="logit_bias") from None
-    return SamplingParams(**given, **constraint(body), **own)
+    return SamplingParams(**{**given, "grammar": grammar_of(body), **own})
 
 
 def _options(body: Body | ScoreBody) -> dict[str, Any]:

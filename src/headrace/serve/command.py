@@ -110,6 +110,9 @@ def serve(
     max_restarts: Annotated[
         int, _option(OPERATION, "Restarts of an engine within a minute before it is given up.", "--max-restarts")
     ] = 100,
+    tool_parser: Annotated[
+        str, _option(ENGINE, "How models write tool calls: auto, hermes, llama3 or mistral.", "--tool-parser")
+    ] = "auto",
     kernels: Annotated[str, _option(ENGINE, "Op set: auto, native or reference.", "--kernels")] = "auto",
     threads: Annotated[
         int | None, _option(ENGINE, "Threads of the op set; if not given, one a core.", "--threads", show_default=False)
@@ -176,6 +179,7 @@ def serve(
             log_file=log_file,
             log_level=log_level,
             max_restarts=max_restarts,
+            tool_parser=tool_parser,
             engine={
                 "kernels": kernels,
                 "threads": threads,

@@ -10,6 +10,8 @@ import msgspec
 from ..config import Settings
 from ..errors import ConfigError
 
+TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral")
+
 
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Checked once, here. Times are in seconds, sizes in bytes. `engine` holds fields of `config.Settings`."""
@@ -36,6 +38,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log_file: str | None = None
     log_level: str = "info"
     max_restarts: int = 100
+    tool_parser: str = "auto"  # how models write tool calls
     engine: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("there is no model to serve; give one")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("--tls-cert and --tls-key go together; give both or neither")
+        if self.tool_parser not in TOOL_PARSERS:
+            raise ConfigError(f"--tool-parser must be {', '.join(TOOL_PARSERS)}, got {self.tool_parser!r:.80}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"--log-level must be debug, info, warning or error, got {self.log_level!r:.80}")
         Settings(**self.settings())
