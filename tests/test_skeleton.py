@@ -24,8 +24,8 @@ BLOCKS = [(info.split(), body) for info, body in re.findall(r"^```([^\n]+)\n(.*?
 # From the ground up; a room may import from itself and from those before it.
 ROOMS = (
     "errors", "processes", "types", "trace", "results", "config", "formats", "text", "kernels", "parallel", "schedule",
-    "quant", "memory", "sampling", "grammar", "speculate", "model", "plan", "workers", "engine", "completion", "frontend",
-    "assemble", "engine_process", "llm", "async_llm", "pipeline", "serve", "lab", "chat_cli", "cli", "__main__",
+    "quant", "memory", "sampling", "grammar", "speculate", "model", "plan", "workers", "engine", "completion",
+    "frontend", "assemble", "engine_process", "llm", "async_llm", "pipeline", "serve", "lab", "chat_cli", "cli", "__main__",
 )  # fmt: skip
 
 MODULES = sorted(

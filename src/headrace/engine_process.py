@@ -96,8 +96,8 @@ def _report(engine: Engine, step: Step, trace: StepTrace) -> Report:
 
 
 def _wait(engine: Engine, step: Step) -> Wait:
-    """What the first waiting sequence lacks: a place among the running, the prompt of the sample that it shares, room in
-    the step, or else pages."""
+    """What the first waiting sequence lacks: a place among the running, the prompt of the sample that it shares, room
+    in the step, or else pages."""
     config = engine.scheduler.config
     if engine.scheduler.running >= config.max_sequences:
         return "sequences"

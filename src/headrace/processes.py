@@ -19,8 +19,8 @@ def die_with_parent() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[Callable[[], None]]:
-    """Hold back SIGINT until the block is left, or calls what this gives; then its handler gets it. Only the main thread
-    hears signals."""
+    """Hold back SIGINT until the block is left, or calls what this gives; then its handler gets it. Only the main
+    thread hears signals."""
     handler = signal.getsignal(signal.SIGINT)
     frames: list[FrameType | None] = []
 
