@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .completion import Output
     from .errors import HeadraceError
     from .llm import LLM
-    from .types import SamplingParams
+    from .types import GrammarSpec, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -22,10 +22,11 @@ _HOMES = {
     "AsyncLLM": "async_llm",
     "Output": "completion",
     "SamplingParams": "types",
+    "GrammarSpec": "types",
     "HeadraceError": "errors",
 }
 
-__all__ = ["LLM", "AsyncLLM", "Output", "SamplingParams", "HeadraceError", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "Output", "SamplingParams", "GrammarSpec", "HeadraceError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
