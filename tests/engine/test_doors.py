@@ -302,8 +302,8 @@ def test_ctrl_c_leaves_the_engine_well(tiny: str) -> None:
         long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
         for index in range(8):
             timer = threading.Timer(0.002 + 0.003 * index, os.kill, (os.getpid(), signal.SIGINT))
-            timer.start()
             with pytest.raises(KeyboardInterrupt):
+                timer.start()
                 while True:
                     llm.generate([[5, index + 3]] * 3, long)
             timer.join()
