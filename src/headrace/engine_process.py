@@ -11,13 +11,14 @@ import signal
 import socket
 import sys
 
-from .assemble import build_engine, open_model
+from .assemble import EncoderModel, build_embedder, build_engine, open_any
 from .engine import Engine
 from .errors import HeadraceError, RequestError
 from .grammar.compiled import Compiler, Grammars
 from .processes import die_with_parent
 from .trace import StepTrace
 from .types import Event, Step
+from .workers.encoding import serve_encoder
 from .workers.wire import (
     HEADER,
     Add,
@@ -47,7 +48,10 @@ def serve(door: Door) -> None:
     if not isinstance(load, Load):
         return
     try:
-        opened = open_model(load.model)
+        opened = open_any(load.model)
+        if isinstance(opened, EncoderModel):
+            serve_encoder(door, build_embedder(opened, load.settings))
+            return
         grammars = Grammars(opened.tokenizer, opened.spec.vocab_size)
         engine, resolved = build_engine(opened, load.settings, grammars)
     except HeadraceError as error:

@@ -30,6 +30,17 @@ def test_smollm2_as_it_is(smollm2, capsys):
     assert "134.5 M parameters" in out and "46,080 bytes a token" in out and "reference (asked for)" in out
 
 
+def test_an_encoder(minilm, capsys):
+    facts = describe(str(minilm), "reference")
+    model = facts["model"]
+    assert model["kind"] == "encoder" and model["spec"]["pooling"] == "mean"
+    assert model["parameters"] == 22_713_216 - 384 * 384 - 384  # transformers' count, without the pooler, which is idle
+    assert model["weight_bytes"] == sum(model["weight_bytes_by_type"].values()) >= 4 * model["parameters"]
+    json.dumps(facts)
+    print_facts(facts)
+    assert "384 numbers, pooled by mean" in capsys.readouterr().out
+
+
 def test_the_machine_alone(capsys):
     facts = describe()
     assert "model" not in facts and facts["machine"]["cores"] >= 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
 from operator import mul
 from typing import Any
 
 import msgspec
 
-from ..assemble import Model, available_memory, open_model, pool_shapes, resolve_settings
+from ..assemble import EncoderModel, Model, available_memory, open_any, pool_shapes, resolve_settings
 from ..config import Settings
 from ..kernels import choose_ops, native
 from ..model.weights import step_bytes
@@ -24,16 +25,42 @@ def describe(name: str | None = None, kernels: str = "auto") -> dict[str, Any]:
     ops = choose_ops(kernels, machine["cores"])
     facts = {"machine": machine, "kernels": {"name": ops.name, "threads": ops.threads, "why": _why(kernels, ops.name)}}
     if name is not None:
-        facts["model"] = _describe_model(open_model(name), kernels, ops, machine["memory_available_bytes"])
+        model = open_any(name)
+        if isinstance(model, EncoderModel):
+            facts["model"] = _describe_encoder(model)
+        else:
+            facts["model"] = _describe_model(model, kernels, ops, machine["memory_available_bytes"])
     return facts
+
+
+def _describe_encoder(model: EncoderModel) -> dict[str, Any]:
+    """An encoder keeps no keys and values, so its weights are what it costs."""
+    spec = model.spec
+    of_layers = spec.layers * sum(map(prod, spec.layer_shapes.values()))
+    parameters = of_layers + sum(map(prod, spec.table_shapes.values()))
+    return _describe_file(model, parameters)
+
+
+def _describe_file(model: Model | EncoderModel, parameters: int) -> dict[str, Any]:
+    types: dict[str, int] = {}
+    for tensor in model.file.tensors.values():
+        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.nbytes
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "kind": "encoder" if isinstance(model, EncoderModel) else "decoder",
+        "spec": msgspec.to_builtins(model.spec, enc_hook=str),
+        "parameters": parameters,
+        "weight_bytes": sum(types.values()),
+        "weight_bytes_by_type": types,
+        "quantised": getattr(model.file, "quantised", None),
+    }
 
 
 def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dict[str, Any]:
     spec = model.spec
-    types: dict[str, int] = {}
-    for tensor in model.file.tensors.values():
-        types[tensor.type.name] = types.get(tensor.type.name, 0) + tensor.nbytes
-    weights = sum(types.values())
+    facts = _describe_file(model, spec.parameters)
+    weights = facts["weight_bytes"]
     resolved = resolve_settings(model, Settings(kernels=kernels), ops)
     contexts = sorted({*(c for c in CONTEXTS if c < spec.context_length), spec.context_length})
     shapes = pool_shapes(spec, ops, resolved.kv_dtype, resolved.page_size)
@@ -47,13 +74,7 @@ def _describe_model(model: Model, kernels: str, ops: Any, available: int) -> dic
         return [whole if w is None else min(whole, most_pages(resolved.page_size, w, steps)) for w in windows]
 
     return {
-        "name": model.name,
-        "path": str(model.path),
-        "spec": msgspec.to_builtins(spec, enc_hook=str),
-        "parameters": spec.parameters,
-        "weight_bytes": weights,
-        "weight_bytes_by_type": types,
-        "quantised": getattr(model.file, "quantised", None),
+        **facts,
         "bytes_per_step": step_bytes(model.file, spec),
         "kv_bytes_per_token": resolved.kv_bytes_per_token,
         "settings": msgspec.to_builtins(resolved),
@@ -95,14 +116,37 @@ def print_facts(facts: dict[str, Any]) -> None:
         )
     )
     if "model" in facts:
-        _print_model(console, facts["model"])
+        show = _print_encoder if facts["model"]["kind"] == "encoder" else _print_model
+        show(console, facts["model"])
+
+
+def _print_encoder(console: Any, model: dict[str, Any]) -> None:
+    spec = model["spec"]
+    head = spec["head"]
+    rows = {
+        "file": model["path"],
+        "architecture": f"{spec['architecture']}, an encoder, {model['parameters'] / 1e6:,.1f} M parameters",
+        "layers, width": f"{spec['layers']}, {spec['dim']} (feed-forward {spec['ffn_dim']})",
+        "heads": f"{spec['heads']} of {spec['dim'] // spec['heads']}",
+        "vocabulary": f"{spec['vocab_size']:,}",
+        "a text": f"at most {spec['context_length']:,} tokens, of {spec['positions']:,} positions",
+        "an embedding": f"{spec['dim']} numbers, pooled by {spec['pooling']}",
+        "head": "none" if head is None else f"{head['task']}, {len(head['labels'])} labels",
+        "weights": _weights(model),
+        **({"checkpoint": model["quantised"]} if model["quantised"] else {}),
+    }
+    console.print(_table(spec["name"], rows))
+
+
+def _weights(model: dict[str, Any]) -> str:
+    types = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in model["weight_bytes_by_type"].items())
+    return f"{model['weight_bytes'] / 1e6:,.1f} MB ({types})"
 
 
 def _print_model(console: Any, model: dict[str, Any]) -> None:
     from rich.table import Table
 
     spec, settings = model["spec"], model["settings"]
-    types = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in model["weight_bytes_by_type"].items())
     windows = sorted({window for window in spec["windows"] if window is not None})
     rows = {
         "file": model["path"],
@@ -111,7 +155,7 @@ def _print_model(console: Any, model: dict[str, Any]) -> None:
         "heads": f"{spec['heads']} of {spec['head_dim']}, {spec['kv_heads']} for keys and values",
         "vocabulary": f"{spec['vocab_size']:,}, head {'tied to the embedding' if spec['tied'] else 'of its own'}",
         "context": f"{spec['context_length']:,} tokens" + (f", windows of {windows}" if windows else ""),
-        "weights": f"{model['weight_bytes'] / 1e6:,.1f} MB ({types})",
+        "weights": _weights(model),
         **({"checkpoint": model["quantised"]} if model["quantised"] else {}),
         "read by a step": f"{model['bytes_per_step'] / 1e6:,.1f} MB of weights",
         "keys and values": f"{model['kv_bytes_per_token']:,} bytes a token as {settings['kv_dtype']}",

@@ -1,4 +1,4 @@
-"""The HTTP door: OpenAI's API over one AsyncLLM per model.
+"""The HTTP door: OpenAI's API over one AsyncLLM per model, or AsyncEncoder.
 
 socket ─▶ protocol (limits) ─▶ gate (id, key, log) ─▶ routes ─▶ bodies (validate) ─▶ Job
                                                                                       │ admit, submit

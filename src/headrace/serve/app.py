@@ -29,8 +29,9 @@ from .bodies import (
     parse,
     score_job,
 )
+from .embeddings import embedding_answer, embedding_texts
 from .exchange import Exchange
-from .faults import Fault, left
+from .faults import Fault, deadline_fault, left
 from .gate import Call, Gate
 from .keys import Keys
 from .live import Live
@@ -121,8 +122,28 @@ class Server:
     async def embeddings(self, request: Request) -> Response:
         body = parse(EmbeddingBody, await self._body(request))
         served = self._taking(body.model)
-        raise Fault(400, f"model {served.name!r} generates text and makes no embeddings", param="model",
-                    code="unsupported_model")  # fmt: skip
+        encoder = served.encoder
+        texts = await embedding_texts(body, encoder)
+        call: Call = request.scope["headrace.call"]
+        call.note(model=served.name, texts=len(texts), prompt_tokens=sum(map(len, texts)))
+        self._check_room(served, 1)
+        leaving = asyncio.create_task(_left(request))
+        answering = asyncio.create_task(embedding_answer(body, encoder, texts, served.name))
+        try:
+            limit = self.options.request_timeout or None
+            await asyncio.wait([leaving, answering], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answer = answering.result()
+            elif leaving.done():
+                call.note(gone="the client has left")
+                raise left()
+            else:
+                raise deadline_fault()
+        finally:
+            answering.cancel()
+            leaving.cancel()
+        served.collector.embedded(texts, time.monotonic() - call.began)
+        return _json(answer)
 
     async def _run(self, request: Request, served: Served, job: Job) -> Response:
         if not job.stream:
@@ -157,22 +178,25 @@ class Server:
 
     def _exchange(self, request: Request, served: Served, job: Job) -> Exchange:
         """Admission: a place in the queue, or Fault 429."""
-        capacity = served.capacity(self.options.max_queue)
-        if job.sequences > capacity:
-            raise Fault(400, f"{job.sequences} sequences are more than this server ever holds ({capacity})", param="n")
-        room = capacity - served.llm.live
-        if job.sequences > room:
-            served.collector.refused.inc()
-            raise Fault(
-                429, f"the queue is full ({served.llm.live} sequences); try again later", code="queue_full",
-                headers={"Retry-After": str(self._retry_after(served))},
-            )  # fmt: skip
+        self._check_room(served, job.sequences)
         if self.options.request_timeout:
             job.options.setdefault("deadline", self.options.request_timeout)
         call: Call = request.scope["headrace.call"]
         exchange = Exchange(job, served.llm, Replies(job, served.name, served.llm.tokenizer, call.id), served.collector)
         call.exchange = exchange
         return exchange
+
+    def _check_room(self, served: Served, sequences: int) -> None:
+        """Fault 429 where the queue has no place for them."""
+        capacity, live = served.capacity(self.options.max_queue), served.engine.live
+        if sequences > capacity:
+            raise Fault(400, f"{sequences} sequences are more than this server ever holds ({capacity})", param="n")
+        if sequences > capacity - live:
+            served.collector.refused.inc()
+            raise Fault(
+                429, f"the queue is full ({live} sequences); try again later", code="queue_full",
+                headers={"Retry-After": str(self._retry_after(served))},
+            )  # fmt: skip
 
     def _retry_after(self, served: Served) -> int:
         """Seconds until a place in the queue should be free, at the pace of late."""
@@ -287,7 +311,7 @@ class Server:
     def _card(self, served: Served) -> dict[str, Any]:
         card = {"id": served.name, "object": "model", "created": served.created, "owned_by": "headrace"}
         if served.state == "ready":
-            card["max_model_len"] = served.llm.config.max_context
+            card["max_model_len"] = served.max_model_len
         return {**card, "state": served.state}
 
     async def health(self, request: Request) -> Response:

@@ -114,6 +114,7 @@ class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     encoding_format: str | None = None
     dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..async_llm import AsyncLLM
 from ..workers.wire import OpenedPart, Report
 from .faults import Fault
 from .replies import dumps
@@ -165,7 +166,8 @@ class Live:
         except ValueError:
             raise Fault(400, "since must be a step's number", param="since") from None
         served = self._models.find(request.query_params.get("model"))
-        pages = await self._pages(served) if served.state == "ready" else None
+        has_pages = served.state == "ready" and isinstance(served.engine, AsyncLLM)
+        pages = await self._pages(served) if has_pages else None
         self._digest()
         return _json(
             {
@@ -173,7 +175,7 @@ class Live:
                 "model": served.name,
                 "state": served.state,
                 "generated": self._metrics.tally.tokens.get(served.name, 0),
-                "live": served.llm.live,
+                "live": served.engine.live,
                 "step": self._count,
                 "steps": [step for step in self._steps if step[0] > since or since > self._count],
                 "requests": list(self._rows.values()),

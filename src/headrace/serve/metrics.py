@@ -179,6 +179,15 @@ class Collector:
         self.metrics.prompt_tokens.labels(self.model).inc(sum(map(len, exchange.job.prompts)))
         self.metrics.feed("admitted", exchange)
 
+    def embedded(self, texts: list[list[int]], seconds: float) -> None:
+        """An encoder has answered a request."""
+        tokens = sum(map(len, texts))
+        self._ends.append(time.monotonic())
+        self.metrics.prompt_tokens.labels(self.model).inc(tokens)
+        self.metrics.success.labels(self.model, "stop").inc()
+        self.metrics.e2e.labels(self.model).observe(seconds)
+        self.metrics.request_prompt.labels(self.model).observe(tokens)
+
     def token(self, exchange: Exchange, now: float, count: int) -> None:
         self._tally.tokens[self.model] += count
         if exchange.first is None:

@@ -7,7 +7,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..assemble import EncoderModel, open_any
 from ..async_llm import AsyncLLM
+from .async_encoder import AsyncEncoder
 from .faults import Fault
 from .metrics import Collector, Metrics
 
@@ -17,17 +19,42 @@ class Served:
     """One model: its engine, and its side of the metrics."""
 
     name: str
-    llm: AsyncLLM
+    engine: AsyncLLM | AsyncEncoder
     collector: Collector
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def llm(self) -> AsyncLLM:
+        """The engine of a model that generates; Fault 400 for an encoder."""
+        if isinstance(self.engine, AsyncLLM):
+            return self.engine
+        raise Fault(400, f"model {self.name!r} is an encoder: it makes embeddings (/v1/embeddings) and generates "
+                    "no text", param="model", code="unsupported_model")  # fmt: skip
+
+    @property
+    def encoder(self) -> AsyncEncoder:
+        """The engine of an encoder; Fault 400 for a model that generates."""
+        if isinstance(self.engine, AsyncEncoder):
+            return self.engine
+        raise Fault(400, f"model {self.name!r} generates text and makes no embeddings; take an encoder", param="model",
+                    code="unsupported_model")  # fmt: skip
+
+    @property
     def state(self) -> str:
-        return "stalled" if self.llm.state == "ready" and self.llm.silence > STALL_SECONDS else self.llm.state
+        engine = self.engine
+        return "stalled" if engine.state == "ready" and engine.silence > STALL_SECONDS else engine.state
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that the model takes. Once it is loaded."""
+        engine = self.engine
+        return engine.config.max_context if isinstance(engine, AsyncLLM) else engine.spec.context_length
 
     def capacity(self, max_queue: int) -> int:
-        """Sequences that may be here at once, running and waiting."""
-        return self.llm.config.max_sequences + max_queue
+        """Sequences, or an encoder's requests, that may be here at once, running and waiting."""
+        engine = self.engine
+        most = engine.config.max_sequences if isinstance(engine, AsyncLLM) else engine.max_sequences
+        return most + max_queue
 
 
 STALL_SECONDS = 30.0  # of silence with work to do, after which a model does not count as healthy
@@ -46,11 +73,14 @@ class Models:
         if (before := self.served.get(name)) is not None and before.state not in ("dead", "closed"):
             raise Fault(409, f"a model named {name!r} is loaded already; unload it first", code="model_exists")
         collector = self._metrics.collector(name)
-        llm = AsyncLLM(model, **self._settings)
-        llm.observer = collector
-        served = self.served[name] = Served(name, llm, collector)
+        served = self.served[name] = Served(name, AsyncLLM(model, **self._settings), collector)
         try:
-            await llm.start()
+            if isinstance(await asyncio.to_thread(open_any, model), EncoderModel):
+                served.engine = AsyncEncoder(model, **self._settings)
+            if self.served.get(name) is not served:
+                raise Fault(409, f"model {name!r} was unloaded while it was loading", code="model_unloaded")
+            served.engine.observer = collector
+            await served.engine.start()
         except BaseException:
             if self.served.get(name) is served:
                 del self.served[name]
@@ -63,7 +93,7 @@ class Models:
         served = self.find(name)
         del self.served[served.name]
         self._metrics.ready.labels(served.name).set(0)
-        await served.llm.close()
+        await served.engine.close()
 
     def find(self, name: str | None) -> Served:
         """Fault 404 where there is none of that name."""
@@ -90,4 +120,4 @@ class Models:
         return served
 
     async def close(self) -> None:
-        await asyncio.gather(*(served.llm.close() for served in self.served.values()), return_exceptions=True)
+        await asyncio.gather(*(served.engine.close() for served in self.served.values()), return_exceptions=True)

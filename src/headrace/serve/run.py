@@ -101,7 +101,7 @@ class Process:
             name, _, model = given.rpartition("=")
             began = time.monotonic()
             served = await self._server.models.load(model, name or None)
-            for phase, seconds in served.llm.phases.items():
+            for phase, seconds in served.engine.phases.items():
                 log.info("phase", extra={"facts": {"phase": phase, "model": served.name, "seconds": round(seconds, 4)}})
             self._phase("model", began, model=served.name)
         self._phase("ready", self._began)

@@ -32,6 +32,24 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     resolved: Resolved
 
 
+class EncoderReady(msgspec.Struct, frozen=True, tag=True):
+    """The model is an encoder, and takes texts."""
+
+
+class Embed(msgspec.Struct, frozen=True, tag=True):
+    """Embed these texts, given as token ids."""
+
+    number: int
+    texts: list[list[int]]
+
+
+class Embedded(msgspec.Struct, frozen=True, tag=True):
+    """The vectors of a message's texts: float32 [texts, dim], of length 1."""
+
+    number: int
+    vectors: np.ndarray
+
+
 class Add(msgspec.Struct, frozen=True, tag=True):
     """Queue all samples of one request."""
 
@@ -101,8 +119,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Load | Add | Finish | Inspect
-FromEngine = Ready | Events | Refused | PageMap
+ToEngine = Load | Add | Finish | Inspect | Embed
+FromEngine = Ready | EncoderReady | Events | Refused | PageMap | Embedded
 
 
 def error_of(refused: Refused) -> HeadraceError:
