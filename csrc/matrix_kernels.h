@@ -22,7 +22,11 @@ constexpr int block_rows = 6;     // rows x 2 tiles of sums in registers
 constexpr int row_block_rows = 12;  // the same for Recipe::row
 constexpr int float_rows = 6, float_tiles = 4;
 #else
+#if defined(__AVX2__)
 constexpr int direct_rows = 4;
+#else
+constexpr int direct_rows = 1;  // more do not fit in the registers, and compile for minutes
+#endif
 constexpr int float_rows = 4, float_tiles = 1;
 #endif
 constexpr int block_groups = 18;    // of inputs, unpacked at a time

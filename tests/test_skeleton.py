@@ -25,7 +25,8 @@ BLOCKS = [(info.split(), body) for info, body in re.findall(r"^```([^\n]+)\n(.*?
 ROOMS = (
     "errors", "processes", "types", "trace", "results", "config", "formats", "text", "kernels", "parallel", "schedule",
     "quant", "memory", "sampling", "grammar", "speculate", "model", "plan", "workers", "engine", "completion",
-    "frontend", "assemble", "engine_process", "llm", "async_llm", "pipeline", "serve", "lab", "chat_cli", "cli", "__main__",
+    "frontend", "assemble", "engine_process", "llm", "async_llm", "pipeline", "serve", "lab", "chat_cli", "cli",
+    "__main__",
 )  # fmt: skip
 
 MODULES = sorted(
