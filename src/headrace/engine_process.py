@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import sys
+import time
 
 from .assemble import EncoderModel, build_embedder, build_engine, open_any
 from .engine import Engine
@@ -41,6 +42,8 @@ from .workers.wire import (
 
 MAX_UNSENT = 64 << 20
 
+BEAT_SECONDS = 1.0  # between signs of life while nothing but a compile goes on
+
 
 def serve(door: Door) -> None:
     """Run until the other side closes the door."""
@@ -62,14 +65,18 @@ def serve(door: Door) -> None:
     reports: list[Report] = []
     engine.observer = lambda step, trace: reports.append(_report(engine, step, trace))
     desk = Desk(engine, door, grammars)
+    said = 0.0
     while not door.closed:
-        for message in door.take(wait=not engine.busy):
+        for message in door.take(wait=not engine.busy, at_most=BEAT_SECONDS if desk.waited_for else None):
             desk.obey(message)
         desk.admit_compiled()
         if engine.busy:
             events = engine.step()
             _emit(engine, door, events, reports)
             reports.clear()
+        elif desk.waited_for and time.monotonic() - said >= BEAT_SECONDS:
+            said = time.monotonic()
+            door.send(Events([], []))  # a compile is not this process's work: it is idle, and well
     engine.close()
     grammars.close()
 
@@ -118,6 +125,11 @@ class Desk:
         self._engine, self._door, self._grammars = engine, door, grammars
         self._compiler = Compiler(grammars, door.wake)
         self._waiting: dict[str, Add] = {}  # by request id
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody's grammar is being compiled."""
+        return bool(self._waiting)
 
     def obey(self, message: ToEngine) -> None:
         engine = self._engine
@@ -199,17 +211,19 @@ class Door:
         while self._unsent and not self.closed:
             self._exchange(None)
 
-    def take(self, *, wait: bool) -> list[ToEngine]:
-        """The messages that have come; where `wait`, at least one, or the door is closed."""
+    def take(self, *, wait: bool, at_most: float | None = None) -> list[ToEngine]:
+        """The messages that have come; where `wait`, at least one, or the door is closed, or it took about `at_most`
+        seconds."""
         while True:
             full = len(self._unsent) > MAX_UNSENT
-            self._exchange(None if full or (wait and not self._complete()) else 0.0)
+            self._exchange(None if full else at_most if wait and not self._complete() else 0.0)
             messages: list[ToEngine] = []
             while length := self._complete():
                 messages.append(to_engine.decode(self._unread[HEADER.size : length]))
                 del self._unread[:length]
             woken, self._woken = self._woken, False
-            if self.closed or messages or not ((wait and not woken) or len(self._unsent) > MAX_UNSENT):
+            waits = wait and not woken and at_most is None
+            if self.closed or messages or not (waits or len(self._unsent) > MAX_UNSENT):
                 return messages
 
     def wake(self) -> None:

@@ -149,7 +149,7 @@ def test_a_grammar_that_takes_long_stalls_nobody(server: ServerProcess) -> None:
         gaps.append(now - last)
         last = now
     thread.join()
-    assert len(gaps) > 150 and max(gaps[1:]) < 2.0, "it would be 5 s"
+    assert len(gaps) > 100 and max(gaps[1:]) < 2.0, "it would be 5 s"
     assert answers[0][0] == 400 and "compile" in answers[0][1]["error"]["message"]
 
 
