@@ -273,13 +273,16 @@ def sentencepiece_ids(text: str, space_prefix: bool) -> list[int]:
 
 @cache
 def trained_wordpiece(lower: bool) -> tuple[str, ...]:
-    """Pieces by id, as BERT's vocab.txt has them: [PAD], an unused one, [UNK] [CLS] [SEP] [MASK], letters, pieces."""
+    """Pieces by id, as BERT's vocab.txt has them: [PAD], an unused one, [UNK] [CLS] [SEP] [MASK], letters, pieces.
+
+    Ties between pieces are broken by chance, so no run may lean on one; U+2581 is left out, for GGUF marks words by it.
+    """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     heads = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=700, show_progress=False, limit_alphabet=300, special_tokens=heads)
-    tokenizer.train_from_iterator(TRAINING, trainer)
+    tokenizer.train_from_iterator((text.replace("▁", " ") for text in TRAINING), trainer)
     vocab = tokenizer.get_vocab()
     return tuple(sorted(vocab, key=vocab.__getitem__))
 
