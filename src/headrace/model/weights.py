@@ -128,14 +128,27 @@ def step_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) ->
     """Bytes of the file's weights that a step of `rows` tokens reads: of a table that is only looked up nothing, and of
     experts those that the tokens choose if they choose evenly."""
     layout = family_of(source).layout(source, spec)
-    parts = [part for layer in range(spec.layers) for part in _layer_parts(spec, layout, layer)]
-    experts = {name for part in parts if part.field in ("gates", "ups", "downs") for name in part.tensors}
-    looked_up = {f"{layout.tables[field]}.weight" for field in ("embedding", "positions") if field in layout.tables}
+    layers = (part for layer in range(spec.layers) for part in _layer_parts(spec, layout, layer))
+    elsewhere = {name for part in layers for name in part.tensors}
+    elsewhere |= {f"{layout.tables[field]}.weight" for field in ("embedding", "positions") if field in layout.tables}
     if spec.tied:
-        looked_up.discard(f"{layout.tables['embedding']}.weight")
+        elsewhere.discard(f"{layout.tables['embedding']}.weight")
+    tables = sum(tensor.nbytes for name, tensor in source.tensors.items() if name not in elsewhere)
+    return tables + sum(layer_bytes(source, spec, rows))
+
+
+def layer_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> tuple[int, ...]:
+    """The part of `step_bytes` that each layer reads."""
+    layout = family_of(source).layout(source, spec)
     share = 1 - (1 - spec.active_share) ** rows
-    sizes = ((name, tensor.nbytes) for name, tensor in source.tensors.items() if name not in looked_up)
-    return sum(int(size * share) if name in experts else size for name, size in sizes)
+
+    def read(layer: int) -> int:
+        shares: dict[str, float] = {}  # by tensor: several weights may lie in one
+        for part in _layer_parts(spec, layout, layer):
+            shares |= dict.fromkeys(part.tensors, share if part.field in ("gates", "ups", "downs") else 1.0)
+        return sum(int(source.tensors[name].nbytes * one) for name, one in shares.items() if name in source.tensors)
+
+    return tuple(map(read, range(spec.layers)))
 
 
 def _result(job: Future[Any] | list[Future[Any]]) -> Any:
