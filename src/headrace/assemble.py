@@ -28,6 +28,7 @@ from .model.spec import ModelSpec
 from .model.weights import load_weights
 from .quant.read import read_quantised
 from .schedule.pages import UNBOUNDED, Pages, Path
+from .schedule.routes import Routes
 from .schedule.scheduler import Scheduler
 from .text.tokenizer import Tokenizer
 from .workers.embedder import Embedder
@@ -125,7 +126,7 @@ def build_engine(model: Model, settings: Settings, grammars: Grammars | None = N
     )
     ahead = resolved.steps_in_flight * resolved.max_batch_tokens
     pools = zip(spec.kv_groups, resolved.pages, strict=True)
-    path = Path([Pages(pages, resolved.page_size, group.window, ahead) for group, pages in pools])
+    paged = [Pages(pages, resolved.page_size, group.window, ahead) for group, pages in pools]
     scheduler = Scheduler(
         SchedulerConfig(
             max_batch_tokens=resolved.max_batch_tokens,
@@ -135,9 +136,9 @@ def build_engine(model: Model, settings: Settings, grammars: Grammars | None = N
             policy=resolved.policy,
             prefix_cache=resolved.prefix_cache,
         ),
-        path,
+        Routes.alone(Path(paged, depth=resolved.steps_in_flight)),
     )
-    return Engine(scheduler, _executor(decoder, ops, caches, residents, resolved), resolved.steps_in_flight), resolved
+    return Engine(scheduler, _executor(decoder, ops, caches, residents, resolved)), resolved
 
 
 def _executor(

@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 Policy = Literal["fcfs", "longest-prefix", "static"]
 POLICIES = ("fcfs", "longest-prefix", "static")
+Routing = Literal["round-robin", "random", "shortest-queue", "least-kv", "longest-prefix"]
 KERNELS = ("auto", "native", "reference")
 ACTIVATIONS = ("group", "row")
 

@@ -3,58 +3,78 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
-from .errors import ConfigError
 from .schedule.scheduler import Scheduler
 from .trace import StepTrace, Trace
-from .types import Event, FinishReason, Request, Step
-from .workers.executor import Executor, Pending
+from .types import Event, FinishReason, Request, Step, StepResult
+from .workers.executor import Broken, Change, Executor, Outcome
+
+LOOK_SECONDS = 0.1  # at most between two looks at deadlines
+
+
+class _Flight(NamedTuple):
+    step: Step
+    planned: float
+    submitted: float
 
 
 class Engine:
-    """Keeps up to `steps_in_flight` steps submitted, so that a worker never waits for the host. Not thread-safe:
-    one loop owns it."""
+    """Keeps as many steps submitted as the scheduler plans ahead, so that no worker waits for the host. Not
+    thread-safe: one loop owns it."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, steps_in_flight: int = 2) -> None:
-        if not 1 <= steps_in_flight <= 64:
-            raise ConfigError(f"steps_in_flight must be from 1 to 64, got {steps_in_flight}")
-        self.scheduler, self.executor, self.steps_in_flight = scheduler, executor, steps_in_flight
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler, self.executor = scheduler, executor
         self.trace = Trace()
         self.observer: Callable[[Step, StepTrace], None] | None = None  # hears of every step that was applied
-        self._flight: deque[tuple[Step, Pending, float, float]] = deque()
+        self._flight: dict[int, _Flight] = {}
 
     def step(self) -> list[Event]:
-        """Fill the queue, then take in the oldest step in flight. An empty list may mean no news; see `busy`.
+        """Submit what can be, then take in what happens next. An empty list may mean no news; see `busy`.
 
         Where a step breaks, its sequences end with an error and all others start again: none is lost, none is wrong.
         """
         events = self.scheduler.expire(time.monotonic())
         events += self._fill()
-        if self._flight:
-            events += self._apply_oldest()
+        if self.busy:
+            events += self._take(self.executor.collect(LOOK_SECONDS))
+        return events
+
+    def tend(self) -> list[Event]:
+        """Between steps: hear of workers that came or went."""
+        events: list[Event] = []
+        while (outcome := self.executor.collect(0.0)) is not None:
+            events += self._take(outcome)
         return events
 
     def _fill(self) -> list[Event]:
-        while len(self._flight) < self.steps_in_flight:
+        while True:
             planned = time.monotonic()
             step = self.scheduler.plan(planned)
             if step is None:
-                break
+                return []
             try:
-                pending = self.executor.submit(step)
+                self.executor.submit(step)
             except Exception as error:
-                return self._fail(step, error)
-            self._flight.append((step, pending, planned, time.monotonic()))
-        return []
+                return self._fail(step.number, f"{type(error).__name__}: {error}")
+            self._flight[step.number] = _Flight(step, planned, time.monotonic())
 
-    def _apply_oldest(self) -> list[Event]:
-        step, pending, planned, submitted = self._flight.popleft()
-        try:
-            result = pending.result()
-        except Exception as error:
-            return self._fail(step, error)
+    def _take(self, outcome: Outcome | None) -> list[Event]:
+        events: list[Event] = []
+        if isinstance(outcome, StepResult):
+            events = self._apply(outcome)
+        elif isinstance(outcome, Broken):
+            return self._fail(outcome.number, outcome.error)
+        elif isinstance(outcome, Change):
+            self._change(outcome)
+        for replica in self.scheduler.left:
+            self.executor.stop(replica)
+            self._lose(Change("lost", replica))
+        return events
+
+    def _apply(self, result: StepResult) -> list[Event]:
+        step, planned, submitted = self._flight.pop(result.number)
         answered = time.monotonic()
         events = self.scheduler.apply(result, answered)
         times = (planned, submitted, result.started, result.ended, answered, time.monotonic())
@@ -64,11 +84,24 @@ class Engine:
             self.observer(step, entry)
         return events
 
-    def _fail(self, step: Step, error: Exception) -> list[Event]:
+    def _change(self, change: Change) -> None:
+        if change.kind == "joined":
+            self.scheduler.join(change.replica)
+        elif change.kind == "leaving":
+            self.scheduler.leave(change.replica)
+        else:
+            self._lose(change)
+
+    def _lose(self, change: Change) -> None:
+        """Steps through a replica that is gone are nobody's any more: its sequences run again."""
+        numbers = self.scheduler.lose(change.replica)
+        for number in numbers:
+            del self._flight[number]
+        self.executor.forget(numbers)
+
+    def _fail(self, number: int, error: str) -> list[Event]:
         """What the workers know is in doubt: they forget everything, and the scheduler starts anew without the step."""
-        events = self.scheduler.fail(
-            step.number, f"the engine failed: {type(error).__name__}: {error}", time.monotonic()
-        )
+        events = self.scheduler.fail(number, f"the engine failed: {error}", time.monotonic())
         self._flight.clear()
         self.executor.reset()
         return events
@@ -88,9 +121,5 @@ class Engine:
         return bool(self._flight) or self.scheduler.unfinished > 0
 
     def close(self) -> None:
-        """Wait for steps in flight and stop the workers."""
-        try:
-            while self._flight:
-                self._apply_oldest()
-        finally:
-            self.executor.close()
+        """Stop the workers, once one that is alone has ended its steps."""
+        self.executor.close()

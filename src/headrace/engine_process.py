@@ -100,8 +100,8 @@ def _report(engine: Engine, step: Step, trace: StepTrace) -> Report:
         ],
         scheduler.running,
         scheduler.waiting,
-        tuple(pool.count - 1 - pool.available for pool in scheduler.path.pools),
-        tuple(pool.count - 1 for pool in scheduler.path.pools),
+        tuple(pool.count - 1 - pool.available for pool in scheduler.routes.pools),
+        tuple(pool.count - 1 for pool in scheduler.routes.pools),
         _wait(engine, step) if scheduler.waiting else None,
     )
 
@@ -138,7 +138,7 @@ class Desk:
                 self._waiting.pop(message.request_id, None)
             _emit(engine, self._door, engine.finish(message.request_id, message.sample_index, message.reason), [])
         elif isinstance(message, Inspect):
-            self._door.send(PageMap([pool.map() for pool in engine.scheduler.path.pools]))
+            self._door.send(PageMap([pool.map() for pool in engine.scheduler.routes.pools]))
         elif isinstance(message, Add):
             request = message.requests[0]
             grammar = request.params.grammar

@@ -174,7 +174,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     adapter: int = 0
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive tokens of one sequence, computed in one step: positions `start` to `start + len(tokens) - 1`."""
 
     seq: int  # handle of the sequence's residence on the workers, never used twice
@@ -186,7 +186,7 @@ class Chunk(msgspec.Struct, frozen=True):
     late_step: int = -1  # the step that samples the LATE token
 
 
-class Opened(msgspec.Struct, frozen=True):
+class Opened(msgspec.Struct, frozen=True, array_like=True):
     """A sequence that starts (again, after a preemption) on the workers: what sampling needs to know of it."""
 
     seq: int
@@ -194,7 +194,7 @@ class Opened(msgspec.Struct, frozen=True):
     tokens: tuple[int, ...]  # prompt, and what was generated before a preemption
 
 
-class Transfer(msgspec.Struct, frozen=True):
+class Transfer(msgspec.Struct, frozen=True, array_like=True):
     """Copy one page to another of the same pool, before the step's chunks run."""
 
     pool: int  # index in the path
@@ -202,14 +202,18 @@ class Transfer(msgspec.Struct, frozen=True):
     target: int
 
 
-class Step(msgspec.Struct, frozen=True):
-    """One batch. Workers apply it in this order: finished, opened, transfers, chunks."""
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """One batch, of sequences on one path. Workers apply it in this order: finished, opened, transfers, chunks.
+
+    `finished` names residences on any path; `path` is the replica of each stage, () where the model is not split.
+    """
 
     number: int
     chunks: tuple[Chunk, ...]
     opened: tuple[Opened, ...] = ()
     transfers: tuple[Transfer, ...] = ()
     finished: tuple[int, ...] = ()
+    path: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

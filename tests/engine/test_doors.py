@@ -41,7 +41,7 @@ def llm(tiny: str) -> Iterator[LLM]:
         yield llm
         assert not llm.engine.busy
         llm.engine.scheduler.check()
-        assert llm.engine.scheduler.path.pools[0].available == llm.config.pages[0] - 1, "every page came back"
+        assert llm.engine.scheduler.routes.pools[0].available == llm.config.pages[0] - 1, "every page came back"
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_ctrl_c_leaves_the_engine_well(tiny: str) -> None:
         llm.engine.scheduler.check()
         while llm.engine.busy:
             llm.engine.step()
-        assert llm.engine.scheduler.path.pools[0].available == llm.config.pages[0] - 1
+        assert llm.engine.scheduler.routes.pools[0].available == llm.config.pages[0] - 1
 
 
 async def test_async_equals_offline(engine: AsyncLLM, llm: LLM) -> None:

@@ -55,7 +55,7 @@ def test_windowed_layers_keep_their_window(gemma3: Model, kernels: str) -> None:
     assert resolved.kv_memory == 2 * 4 * 3 * stored * 16 * (layers[0] * windowed + layers[1] * whole)
     ours = answers(few)
     assert [len(tokens) for tokens in ours] == [NEW] * 3
-    pools = few.scheduler.path.pools
+    pools = few.scheduler.routes.pools
     assert [pool.available for pool in pools] == [windowed - 1, whole - 1], "every page came back"
     few.close()
     alone = []

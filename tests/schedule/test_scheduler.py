@@ -9,10 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from headrace.config import SchedulerConfig
+from headrace.config import Policy, SchedulerConfig
 from headrace.engine import Engine
 from headrace.errors import CapacityError, RequestError
 from headrace.schedule.pages import Pages, Path
+from headrace.schedule.routes import Routes
 from headrace.schedule.scheduler import Scheduler
 from headrace.types import NO_TOKEN, Event, Request, SamplingParams, Step, StepResult
 from headrace.workers.executor import NullExecutor
@@ -103,7 +104,7 @@ class Worker:
 
 class SchedulerMachine(RuleBasedStateMachine):
     windows: tuple[int | None, ...] = (None,)
-    policy = "fcfs"
+    policy: Policy = "fcfs"
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         config = SchedulerConfig(
             max_batch_tokens=12, max_sequences=4, max_logit_rows=6, max_context=CONTEXT, policy=self.policy
         )
-        self.scheduler = Scheduler(config, Path(pools))
+        self.scheduler = Scheduler(config, Routes.alone(Path(pools)))
         self.worker = Worker(self.windows, 4)
         self.flight: list[tuple[Step, StepResult]] = []
         self.requests: dict[tuple[str, int], Request] = {}
@@ -219,8 +220,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.apply()
         assert not self.scheduler.unfinished and not self.outputs, "everything ends"
         self.scheduler.check()
-        free = [pool.available for pool in self.scheduler.path.pools]
-        assert free == [pool.count - 1 for pool in self.scheduler.path.pools], "no page is lost"
+        free = [pool.available for pool in self.scheduler.routes.pools]
+        assert free == [pool.count - 1 for pool in self.scheduler.routes.pools], "no page is lost"
 
 
 class WindowedMachine(SchedulerMachine):
@@ -251,8 +252,9 @@ def request(name: str, prompt: list[int], new: int = 4, **options: object) -> Re
     return Request(id=name, prompt_ids=tuple(prompt), params=SamplingParams(max_tokens=new), seed=0, **options)  # type: ignore[arg-type]
 
 
-def make(pages: int = 100, **config: object) -> Scheduler:
-    return Scheduler(SchedulerConfig(**{"max_context": 400, **config}), Path([Pages(pages, PAGE)]))  # type: ignore[arg-type]
+def make(pages: int = 100, depth: int = 64, **config: object) -> Scheduler:
+    path = Path([Pages(pages, PAGE)], depth=depth)
+    return Scheduler(SchedulerConfig(**{"max_context": 400, **config}), Routes.alone(path))  # type: ignore[arg-type]
 
 
 def test_two_hundred_requests_through_pages_for_three() -> None:
@@ -372,7 +374,7 @@ def test_deadlines_end_waiting_and_running_sequences() -> None:
     ]
     assert step and scheduler.apply(StepResult(step.number, (5,)), 6.0) == []
     scheduler.check()
-    assert scheduler.path.pools[0].available == 99
+    assert scheduler.routes.pools[0].available == 99
 
 
 def test_longest_prefix_goes_first_and_nobody_is_passed_over_for_ever() -> None:
@@ -409,7 +411,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_engine_ends_everything_with_any_number_of_steps_in_flight(depth: int) -> None:
-    engine = Engine(make(), NullExecutor(token=7), depth)
+    engine = Engine(make(depth=depth), NullExecutor(token=7))
     for index in range(10):
         engine.add(request(str(index), [1] * (index + 1), index + 1))
     counts = dict.fromkeys(map(str, range(10)), 0)

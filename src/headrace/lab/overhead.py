@@ -10,6 +10,7 @@ import numpy as np
 from ..config import SchedulerConfig
 from ..engine import Engine
 from ..schedule.pages import Pages, Path
+from ..schedule.routes import Routes
 from ..schedule.scheduler import Scheduler
 from ..types import Request, SamplingParams
 from ..workers.executor import NullExecutor
@@ -64,7 +65,7 @@ def _prefilled(load: Load, steps: int) -> Engine:
     config = SchedulerConfig(
         max_batch_tokens=load.sequences * load.tokens, max_sequences=load.sequences, max_context=length + 1
     )
-    engine = Engine(Scheduler(config, Path([pages])), NullExecutor())
+    engine = Engine(Scheduler(config, Routes.alone(Path([pages], depth=2))), NullExecutor())
     params = SamplingParams(max_tokens=new, temperature=0.0)
     rng = np.random.default_rng(0)
     for index in range(load.sequences):

@@ -219,13 +219,35 @@ class Pages:
 
 class Path:
     """The pools that a sequence's keys and values live in, one for each KV group of each stage: all of them grow,
-    or none."""
+    or none. `key` says which replica of each stage they belong to. See `routes.Routes` for the rest."""
 
-    def __init__(self, pools: Sequence[Pages]) -> None:
+    def __init__(
+        self,
+        pools: Sequence[Pages],
+        key: tuple[int, ...] = (),
+        depth: int = UNBOUNDED,
+        parts: int = 1,
+        late: bool = True,
+    ) -> None:
         if not pools or len({pool.page_size for pool in pools}) != 1:
             raise ConfigError("a path needs at least one pool, and one page size in all of them")
         self.pools = tuple(pools)
         self.page_size = pools[0].page_size
+        self.key, self.depth, self.parts, self.late = key, depth, parts, late
+        # What the scheduler counts.
+        self.in_flight = self.running = self.bound = 0  # steps, sequences there, sequences that wait for it
+        self.last_step = -1
+        self.full = self.closing = False
+
+    @property
+    def load(self) -> int:
+        """Sequences that run here, or wait to."""
+        return self.running + self.bound
+
+    @property
+    def held(self) -> float:
+        """The share of pages that are held, in the fullest pool."""
+        return max(1 - pool.available / (pool.count - 1) for pool in self.pools)
 
     @property
     def capacity(self) -> int:
@@ -257,6 +279,11 @@ class Path:
         if any(pool.missing(table, tokens) > pool.available for pool, table in zip(self.pools, tables, strict=True)):
             return None
         return tuple(pool.grow(table, tokens) or () for pool, table in zip(self.pools, tables, strict=True))
+
+    def short(self, tables: Tables, tokens: int) -> list[Pages]:
+        """The pools that cannot cover `tokens` positions now."""
+        both = zip(self.pools, tables, strict=True)
+        return [pool for pool, table in both if pool.missing(table, tokens) > pool.available]
 
     def can_fork(self, parent: Tables, shared: int, tokens: int) -> bool:
         """Whether a sequence of `tokens` can share the parent's first `shared` positions now."""

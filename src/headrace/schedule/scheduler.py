@@ -20,7 +20,8 @@ from operator import itemgetter
 from ..config import SchedulerConfig
 from ..errors import CapacityError, RequestError
 from ..types import LATE, Chunk, Event, FinishReason, Opened, Request, Step, StepResult, Transfer
-from .pages import Path
+from .pages import Pages, PageTable, Path
+from .routes import Replica, Routes
 from .sequence import Residence, Sequence
 
 LOOK_AHEAD = 32  # waiting sequences that the longest-prefix policy compares, and times that one may be passed over
@@ -29,9 +30,10 @@ LOOK_AHEAD = 32  # waiting sequences that the longest-prefix policy compares, an
 class _Draft:
     """A step while it is planned."""
 
-    __slots__ = ("chunks", "logit_rows", "opened", "rows", "transfers")
+    __slots__ = ("chunks", "logit_rows", "opened", "path", "rows", "transfers")
 
-    def __init__(self, rows: int, logit_rows: int) -> None:
+    def __init__(self, path: Path, rows: int, logit_rows: int) -> None:
+        self.path = path
         self.rows, self.logit_rows = rows, logit_rows  # budgets left
         self.chunks: dict[int, Chunk] = {}
         self.opened: list[Opened] = []
@@ -39,14 +41,15 @@ class _Draft:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, path: Path) -> None:
-        self.config, self.path = config, path
-        self.max_context = min(config.max_context, path.capacity + 1)  # the last token's key and value are never needed
+    def __init__(self, config: SchedulerConfig, routes: Routes) -> None:
+        self.config, self.routes = config, routes
+        # The last token's key and value are never needed.
+        self.max_context = min(config.max_context, routes.capacity + 1)
         self._waiting: list[tuple[tuple[int, float, int], Sequence]] = []  # by rank
         self._running: list[tuple[tuple[int, float, int], Sequence]] = []  # by rank
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._residences: dict[int, Residence] = {}
-        self._in_flight: dict[int, Step] = {}
+        self._in_flight: dict[int, tuple[Step, Path]] = {}
         self._deadlines: list[tuple[float, int, tuple[str, int]]] = []  # deadline, order, request id and sample
         self._batch_open = False  # static policy: nothing of the batch has ended yet
         self._draining = 0  # closed residences whose pages wait for steps in flight
@@ -65,7 +68,7 @@ class Scheduler:
         if not request.prompt_ids:
             raise RequestError("the prompt has no tokens; give at least one")
         # A generated sequence's last token needs no key and value; a prompt's tokens all do.
-        limit = min(self.max_context - (request.kind == "generate"), self.path.capacity)
+        limit = min(self.max_context - (request.kind == "generate"), self.routes.capacity)
         if len(request.prompt_ids) > limit:
             raise CapacityError(
                 f"the prompt has {len(request.prompt_ids)} tokens; at most {limit} fit a context of "
@@ -73,7 +76,7 @@ class Scheduler:
             )
         wanted = request.params.max_tokens if request.kind == "generate" else 0
         max_length = min(len(request.prompt_ids) + wanted, self.max_context)
-        sequence = Sequence(request, self._next_order, max_length, self.path.page_size)
+        sequence = Sequence(request, self._next_order, max_length, self.routes.page_size)
         self._next_order += 1
         self._sequences[key] = sequence
         insort(self._waiting, (sequence.rank, sequence))
@@ -83,9 +86,15 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run before a step in flight is applied."""
-        draft = _Draft(self.config.max_batch_tokens, self.config.max_logit_rows)
+        for path in self.routes.open():
+            if step := self._plan_path(path, now):
+                return step
+        return None
+
+    def _plan_path(self, path: Path, now: float) -> Step | None:
+        draft = _Draft(path, self.config.max_batch_tokens, self.config.max_logit_rows)
         preempted = self._plan_running(draft)
-        if not preempted:
+        if not preempted and not path.closing:
             self._plan_waiting(draft, now)
         if not draft.chunks:
             return None
@@ -95,17 +104,21 @@ class Scheduler:
             tuple(draft.opened),
             tuple(draft.transfers),
             tuple(self._dropped),
+            path.key,
         )
         self._dropped.clear()
+        path.last_step = self._next_step
+        path.in_flight += 1
         self._next_step += 1
-        self._in_flight[step.number] = step
+        self._in_flight[step.number] = (step, path)
         for handle in draft.chunks:
             self._residences[handle].in_flight += 1
         return step
 
     def apply(self, result: StepResult, now: float) -> list[Event]:
         """Take in what a step computed. What it computed for sequences that have stopped since is discarded."""
-        step = self._in_flight.pop(result.number)
+        step, path = self._in_flight.pop(result.number)
+        path.in_flight -= 1
         events = []
         for index, chunk in enumerate(step.chunks):
             residence = self._residences[chunk.seq]
@@ -119,7 +132,9 @@ class Scheduler:
     def revoke(self, number: int) -> None:
         """A step will never be answered: its sequences start again from what is published, and later steps' answers
         for them are ignored."""
-        for chunk in self._in_flight.pop(number).chunks:
+        step, path = self._in_flight.pop(number)
+        path.in_flight -= 1
+        for chunk in step.chunks:
             residence = self._residences[chunk.seq]
             residence.in_flight -= 1
             if residence.closed:
@@ -135,11 +150,38 @@ class Scheduler:
         for _, sequence in list(self._running):
             self._requeue(sequence)
         self._dropped.clear()
-        self.path.forget()
+        for path in self.routes.paths:
+            path.forget()
+
+    def join(self, replica: Replica) -> None:
+        """A replica has come, with nothing in its pools."""
+        self.routes.join(replica)
+
+    def leave(self, replica: Replica) -> None:
+        """No more sequences for a replica; it is among `left` once those that it has are done."""
+        self.routes.leave(replica)
+
+    @property
+    def left(self) -> list[Replica]:
+        """Replicas that were to leave, and have nothing more to do: to be lost."""
+        through = self.routes.through
+        return [r for r in self.routes.leaving if not any(path.running or path.in_flight for path in through(r))]
+
+    def lose(self, replica: Replica) -> list[int]:
+        """A replica is gone, and its pages with it: steps in flight through it are revoked (their numbers come back),
+        and the sequences that were on it start again on other paths, behind what is published there."""
+        paths = self.routes.lose(replica)
+        revoked = [number for number, (_, path) in self._in_flight.items() if path in paths]
+        for number in revoked:
+            self.revoke(number)
+        for _, sequence in list(self._running):
+            if sequence.residence is not None and sequence.residence.path in paths:
+                self._requeue(sequence)
+        return revoked
 
     def fail(self, number: int, message: str, now: float) -> list[Event]:
         """A step broke: its sequences end with an error, all others start again, as after `revoke_pools`."""
-        residences = [self._residences[chunk.seq] for chunk in self._in_flight[number].chunks]
+        residences = [self._residences[chunk.seq] for chunk in self._in_flight[number][0].chunks]
         events = [self._finish(one.sequence, "error", now, message) for one in residences if not one.closed]
         self.revoke_pools()
         return events
@@ -190,13 +232,20 @@ class Scheduler:
     @property
     def waits_for_siblings(self) -> bool:
         """Whether all who wait do so for the prompt of another sample of their request."""
-        return bool(self._waiting) and not self._ready()
+        return bool(self._waiting) and not any(self._starts(sequence) for _, sequence in self._waiting)
 
     def check(self) -> None:
         """Prove the invariants, pages included. Raises AssertionError."""
-        tables = [residence.tables for residence in self._residences.values()]
-        for index, pool in enumerate(self.path.pools):
-            pool.check(table[index] for table in tables)
+        tables: dict[int, list[PageTable]] = {}
+        for residence in self._residences.values():
+            for pool, table in zip(residence.path.pools, residence.tables, strict=True):
+                tables.setdefault(id(pool), []).append(table)
+        for pool in self.routes.pools:
+            pool.check(tables.get(id(pool), []))
+        for path in self.routes.paths:
+            assert path.running == sum(s.residence is not None and s.residence.path is path for _, s in self._running)
+            assert path.bound == sum(s.route is path for _, s in self._waiting)
+            assert path.in_flight == sum(other is path for _, other in self._in_flight.values())
         live = {residence.handle for residence in self._residences.values() if not residence.closed}
         assert live == {s.residence.handle for _, s in self._running if s.residence}
         assert len(self._waiting) + len(self._running) == len(self._sequences)
@@ -209,17 +258,20 @@ class Scheduler:
     def _plan_running(self, draft: _Draft) -> bool:
         """Decodes first, then whoever has more to catch up with, each in order of rank. True if a sequence was
         preempted."""
-        running = list(self._running)
+        path, before = draft.path, len(self._running)
+        running = [one for _, one in self._running if one.residence is not None and one.residence.path is path]
+        decodes = -(-len(running) // path.parts)  # others are for the next steps, which run beside this one
         catching_up = []
-        for _, sequence in running:
+        for sequence in running:
             todo = sequence.todo
-            if todo == 1:
+            if todo == 1 and decodes:
+                decodes -= 1
                 self._extend(draft, sequence, 1)
             elif todo > 1:
                 catching_up.append(sequence)
         for sequence in catching_up:
             self._extend(draft, sequence, sequence.todo)
-        return len(self._running) < len(running)
+        return len(self._running) < before
 
     def _extend(self, draft: _Draft, sequence: Sequence, todo: int) -> None:
         """Put the sequence's next tokens in the draft, preempting sequences of lower rank where pages run out."""
@@ -230,7 +282,7 @@ class Scheduler:
         if count <= 0:
             return
         while (new_pages := residence.path.grow(residence.tables, sequence.scheduled + count)) is None:
-            victim = self._victim(draft, sequence)
+            victim = self._victim(draft, sequence, residence.path.short(residence.tables, sequence.scheduled + count))
             if victim is None:
                 return
             self._requeue(victim)
@@ -266,25 +318,28 @@ class Scheduler:
             sequence.pending += 1
             sequence.last_sampler = self._next_step
 
-    def _victim(self, draft: _Draft, sequence: Sequence) -> Sequence | None:
-        """The running sequence of lowest rank below `sequence`, unless pages are about to come free anyway."""
+    def _victim(self, draft: _Draft, sequence: Sequence, short: list[Pages]) -> Sequence | None:
+        """The running sequence of lowest rank below `sequence` that has pages in a pool that is short of them, unless
+        pages are about to come free anyway."""
         if self._draining:
             return None
         for rank, candidate in reversed(self._running):
             if rank <= sequence.rank:
                 return None
             assert candidate.residence is not None
-            if candidate.residence.handle not in draft.chunks:
+            helps = any(pool in candidate.residence.path.pools for pool in short)
+            if helps and candidate.residence.handle not in draft.chunks:
                 return candidate
         return None
 
     def _plan_waiting(self, draft: _Draft, now: float) -> None:
         if self.config.policy == "static" and not self._may_join():
             return
-        while len(self._running) < self.config.max_sequences and draft.rows > 0 and (ready := self._ready()):
-            first, chosen = ready[0], self._choose(ready)
+        while len(self._running) < self.config.max_sequences and draft.rows > 0 and (ready := self._ready(draft.path)):
+            first, chosen = ready[0], self._choose(ready, draft.path)
             if not self._admit(draft, self._waiting[chosen][1], now):
                 return
+            self._unbind(self._waiting[chosen][1])
             if chosen != first:
                 self._waiting[first][1].passed_over += 1
             del self._waiting[chosen]
@@ -295,30 +350,60 @@ class Scheduler:
         self._batch_open = self._batch_open or not self._running
         return self._batch_open
 
-    def _ready(self) -> list[int]:
-        """Indices of the next waiting sequences that could start: siblings wait for the first sample's prompt."""
+    def _ready(self, path: Path) -> list[int]:
+        """Indices of the next waiting sequences that could start on a path."""
         most = LOOK_AHEAD if self.config.policy == "longest-prefix" else 1
+        looks = len(self._waiting) if len(self.routes.paths) == 1 else LOOK_AHEAD * len(self.routes.paths)
         ready: list[int] = []
-        for index, (rank, sequence) in enumerate(self._waiting):
+        for index, (rank, sequence) in enumerate(self._waiting[:looks]):
             if len(ready) == most or (ready and rank[0] != self._waiting[ready[0]][0][0]):
                 break
-            parent = self._sibling(sequence)
-            if parent is None or parent.computed >= sequence.prompt_length:
+            if self._starts(sequence) and self._route(sequence) is path:
                 ready.append(index)
         return ready
 
-    def _choose(self, ready: list[int]) -> int:
+    def _starts(self, sequence: Sequence) -> bool:
+        """Whether a sequence could start: siblings wait for the first sample's prompt."""
+        parent = self._sibling(sequence)
+        return parent is None or parent.computed >= sequence.prompt_length
+
+    def _route(self, sequence: Sequence) -> Path | None:
+        """The path that a waiting sequence is for: that of the sample whose prompt it may share, or the one that it was
+        bound to, unless that is closed, or full while others are not."""
+        paths = self.routes.paths
+        if len(paths) == 1 and not paths[0].closing:
+            return paths[0]
+        parent = self._sibling(sequence)
+        if parent is not None and parent.residence is not None and not parent.residence.path.closing:
+            return parent.residence.path
+        bound = sequence.route
+        if bound is None or bound.closing or (bound.full and not all(path.full for path in paths)):
+            self._unbind(sequence)
+            self._bind(sequence, self.routes.choose(self._prefix_keys(sequence)))
+        return sequence.route
+
+    def _bind(self, sequence: Sequence, path: Path | None) -> None:
+        sequence.route = path
+        if path is not None:
+            path.bound += 1
+
+    def _unbind(self, sequence: Sequence) -> None:
+        if sequence.route is not None:
+            sequence.route.bound -= 1
+            sequence.route = None
+
+    def _choose(self, ready: list[int], path: Path) -> int:
         """Index of the waiting sequence to admit next: the first, or the one with the longest cached prefix."""
         if len(ready) == 1 or self._waiting[ready[0]][1].passed_over >= LOOK_AHEAD:
             return ready[0]
-        return max(ready, key=lambda i: (self.path.match(self._prefix_keys(self._waiting[i][1])), -i))
+        return max(ready, key=lambda i: (path.match(self._prefix_keys(self._waiting[i][1])), -i))
 
     def _prefix_keys(self, sequence: Sequence) -> list[bytes]:
         """Keys of the pages that may be taken from the cache: never all tokens, for the last one's logits are
         needed."""
         if not self.config.prefix_cache or (sequence.scores and sequence.scored < sequence.prompt_length):
             return []
-        pages = (len(sequence.tokens) - 1) // self.path.page_size
+        pages = (len(sequence.tokens) - 1) // self.routes.page_size
         return sequence.keys.extend(sequence.tokens, pages)
 
     def _sibling(self, sequence: Sequence) -> Sequence | None:
@@ -331,8 +416,10 @@ class Scheduler:
     def _admit(self, draft: _Draft, sequence: Sequence, now: float) -> bool:
         """Give a waiting sequence a residence and its first chunk. False, and nothing has changed, where it does
         not fit now."""
-        path, tokens = self.path, len(sequence.tokens)
+        path, tokens = draft.path, len(sequence.tokens)
         parent = self._sibling(sequence)
+        if parent is not None and (parent.residence is None or parent.residence.path is not path):
+            parent = None
         shared = sequence.prompt_length - 1
         forks = parent and parent.residence and path.can_fork(parent.residence.tables, shared, tokens)
         keys = self._prefix_keys(sequence)
@@ -340,7 +427,10 @@ class Scheduler:
         cached = shared if forks else len(keys) * path.page_size
         count = self._count(draft, sequence, cached, tokens - cached)
         # Admitted only where all its tokens fit now, though pages are taken chunk by chunk: fewer preemptions.
-        if count <= 0 or not (forks or path.fits(keys, tokens)):
+        if count <= 0:
+            return False
+        if not (forks or path.fits(keys, tokens)):
+            path.full = True
             return False
         if parent and parent.residence and forks:
             tables, transfers = path.fork(parent.residence.tables, shared)
@@ -354,6 +444,8 @@ class Scheduler:
         self._next_handle += 1
         self._residences[residence.handle] = residence
         sequence.residence = residence
+        path.running += 1
+        path.full = False
         sequence.computed, sequence.published = cached, len(keys)
         if not sequence.admitted:
             sequence.admitted, sequence.cached_tokens = now, cached
@@ -420,6 +512,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason, now: float, error: str | None = None) -> Event:
         if sequence.residence is None:
             del self._waiting[bisect_left(self._waiting, sequence.rank, key=itemgetter(0))]
+            self._unbind(sequence)
         self._close(sequence)
         return Event(
             sequence.request.id,
@@ -437,14 +530,17 @@ class Scheduler:
 
     def _requeue(self, sequence: Sequence) -> None:
         """Back to the queue, in its old place: what it computed is recomputed, or found in the prefix cache."""
-        self._leave(sequence)
+        path = self._leave(sequence)
+        if not path.closing and len(self.routes.paths) > 1:
+            self._bind(sequence, path)  # its prefix may still be there
         sequence.preemptions += 1
         sequence.computed = sequence.scheduled = sequence.pending = sequence.published = 0
         sequence.last_sampler = -1
         insort(self._waiting, (sequence.rank, sequence))
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Close the sequence's residence; its pages come free now, or with the last step in flight that names them."""
+    def _leave(self, sequence: Sequence) -> Path:
+        """Close the sequence's residence, and say where it was; its pages come free now, or with the last step in
+        flight that names them."""
         residence = sequence.residence
         assert residence is not None
         self._batch_open = False
@@ -452,11 +548,14 @@ class Scheduler:
         del self._running[bisect_left(self._running, sequence.rank, key=itemgetter(0))]
         self._dropped.append(residence.handle)
         residence.closed = True
+        residence.path.running -= 1
         self._draining += 1
         self._drain(residence)
+        return residence.path
 
     def _drain(self, residence: Residence) -> None:
         if residence.in_flight == 0:
             residence.path.release(residence.tables)
+            residence.path.full = False
             del self._residences[residence.handle]
             self._draining -= 1

@@ -37,6 +37,7 @@ class Sequence:
         "published",
         "request",
         "residence",
+        "route",
         "scheduled",
         "scored",
         "tokens",
@@ -48,6 +49,7 @@ class Sequence:
         self.prompt_length = len(request.prompt_ids)
         self.keys = PrefixKeys(page_size, f"{request.adapter}:{request.salt}")
         self.residence: Residence | None = None
+        self.route: Path | None = None  # the path that it waits for
         self.computed = self.scheduled = self.published = 0  # tokens, tokens, pages
         self.pending = 0  # tokens that steps in flight will sample
         self.last_sampler = -1  # the last step planned to sample for it
@@ -67,7 +69,11 @@ class Sequence:
     @property
     def todo(self) -> int:
         """Tokens that could be computed now. The last token of a sequence at its maximum length need not be."""
-        length = len(self.tokens) + self.pending
+        length = len(self.tokens)
+        if self.pending:
+            if self.residence is not None and not self.residence.path.late:
+                return length - self.scheduled
+            length += self.pending
         return (
             (length if length < self.max_length else 0) - self.scheduled if self.generates else length - self.scheduled
         )

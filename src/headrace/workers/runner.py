@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..kernels.ops import Ops
 from ..model.decoder import Decoder
 from ..types import LATE, NO_TOKEN, Step, StepResult
 from .answers import answer
+from .executor import Single
 from .residents import Resident, Residents, Rows
 
 
@@ -40,15 +40,15 @@ class Runner:
         return answer(step.number, rows, [NO_TOKEN] * len(logits), iter(logits), started, time.monotonic(), load)
 
 
-class NativeRunner:
+class NativeRunner(Single):
     """Runs a whole model as one captured program. An Executor: steps queue in native code, so no thread of Python's
     is kept busy and a step can be queued before the one that samples its tokens has run."""
 
     def __init__(self, program: NativeProgram, ops: NativeOps, caches: list[list[Any]], residents: Residents) -> None:
+        super().__init__()
         self._program, self._ops, self._caches, self._residents = program, ops, caches, residents
-        self._open: deque[_Queued] = deque()  # queued steps whose tokens have not been noted yet
 
-    def submit(self, step: Step) -> _Queued:
+    def submit(self, step: Step) -> None:
         self._ops.finish_packing()
         self._residents.update(step)
         for transfer in step.transfers:
@@ -64,21 +64,18 @@ class NativeRunner:
         for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
             if resident.matcher is not None and chunk.samples:
                 resident.matcher.prepare(resident.output_ids)  # while the step is computed
-        queued = _Queued(step.number, rows, ticket)
-        while self._open and self._open[0].settled:
-            self._open.popleft()
-        self._open.append(queued)
-        return queued
+        self._open.append((step.number, _Queued(step.number, rows, ticket)))
 
     def _settle(self, number: int) -> None:
         """Wait until the tokens of step `number` are noted: some of them are sampled in Python."""
-        while self._open and self._open[0].number <= number:
-            self._open.popleft().result()
+        for earlier, queued in self._open:
+            if earlier <= number:
+                queued.result()
 
     def reset(self) -> None:
         while self._open:
             with suppress(Exception):
-                self._open.popleft().result()
+                self._open.popleft()[1].result()
         self._residents.clear()
 
     def close(self) -> None:
@@ -89,18 +86,14 @@ class _Queued:
     """A queued step."""
 
     def __init__(self, number: int, rows: Rows, ticket: Ticket) -> None:
-        self.number, self._rows, self._ticket = number, rows, ticket
+        self._number, self._rows, self._ticket = number, rows, ticket
         self._result: StepResult | None = None
-
-    @property
-    def settled(self) -> bool:
-        return self._result is not None
 
     def result(self) -> StepResult:
         if self._result is None:
             chosen, logits = self._ticket.result()
             load = tuple(self._ticket.expert_load)
-            self._result = answer(self.number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times, load)
+            self._result = answer(self._number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times, load)
         return self._result
 
 
