@@ -254,6 +254,12 @@ def bench(
     peer_model: Annotated[
         list[str] | None, typer.Option(help="PEER=PATH: a model for one of them [default: the same file].")
     ] = None,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="Instead: what a hop between two processes costs, by each transport.")
+    ] = False,
+    sizes: Annotated[
+        str, typer.Option(help="With --channels: bytes of a message, comma-separated.")
+    ] = "1k,4k,16k,64k,256k,1M,4M,16M",
 ) -> None:
     """Measure tokens per second, beside what the machine's memory and arithmetic allow at that moment.
 
@@ -261,6 +267,9 @@ def bench(
     bB: B sequences of 64 prompt tokens together, 64 tokens generated each. Prefill is left out of tg and b.
     """
     if ctx.invoked_subcommand is not None:
+        return
+    if channels:
+        _bench_channels(sizes, reps, json_file)
         return
     from .assemble import open_model, thread_count
     from .lab.against import peer_models, peers_folder, started
@@ -284,6 +293,17 @@ def bench(
     print_report(report)
     if json_file is not None:
         write_report(report, json_file)
+
+
+def _bench_channels(sizes: str, reps: int, json_file: Path | None) -> None:
+    from .lab.channels import measure_channels, parse_sizes, print_channels, write_channels
+
+    parsed = parse_sizes(sizes)
+    with _progress("sizes") as advance:
+        report = measure_channels(parsed, reps, advance)
+    print_channels(report)
+    if json_file is not None:
+        write_channels(report, json_file)
 
 
 @bench_app.command()

@@ -47,3 +47,11 @@ class TemplateError(HeadraceError):
 
 class EngineDeadError(HeadraceError):
     """The engine or the process that it runs in is gone; what it was doing is lost unless someone replays it."""
+
+
+class ChannelError(HeadraceError):
+    """A channel between two processes is gone, full, or got what is no message. Names the channel."""
+
+
+class HandshakeError(ChannelError):
+    """Whoever is at the other end of a connection did not prove that it knows the shared secret."""
