@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "group.h"
 #include "instructions.h"
 #include "isa.h"
 #include "pool.h"
@@ -125,6 +127,42 @@ void copy_page(Pool& pool, const PyKvPool& kv, int source, int target) {
     });
 }
 
+// ---- groups
+
+// Functions of Python's, for threads of the pool. The last of them may be let go of there too.
+class PyFunction {
+  public:
+    explicit PyFunction(nb::object function) : function_(std::move(function)) {}
+    ~PyFunction() {
+        nb::gil_scoped_acquire acquire;
+        function_.reset();
+    }
+    PyFunction(const PyFunction&) = delete;
+
+    // `bytes` are the function's to use until it returns.
+    template <class... Args>
+    void call(const uint8_t* bytes, size_t size, Args... args) const {
+        nb::gil_scoped_acquire acquire;
+        try {
+            nb::capsule nobody(bytes, [](void*) noexcept {});
+            function_(args..., nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(const_cast<uint8_t*>(bytes), {size}, nobody));
+        } catch (nb::python_error& error) {  // which must not be let go of without the interpreter
+            throw std::runtime_error(error.what());
+        }
+    }
+
+  private:
+    nb::object function_;
+};
+
+std::shared_ptr<Group> channel_group(int rank, int64_t ranks, int64_t rows, int64_t width, int64_t logits, int64_t columns, nb::object send, nb::object receive) {
+    auto sender = std::make_shared<PyFunction>(std::move(send)), receiver = std::make_shared<PyFunction>(std::move(receive));
+    return std::make_shared<ChannelGroup>(
+        rank, GroupSizes{ranks, rows, width, logits, columns},
+        [sender](uint64_t number, const uint8_t* bytes, size_t size) { sender->call(bytes, size, number); },
+        [receiver](int from, uint64_t number, uint8_t* bytes, size_t size) { receiver->call(bytes, size, from, number); });
+}
+
 // ---- programs
 
 struct PyTicket {
@@ -140,16 +178,23 @@ class PyProgram {
     int slot(int width, bool logits) { return program_->add_slot(width, logits ? RowSpace::logits : RowSpace::all); }
     int angles(Vector<float> inv_freq, float scale) { return program_->add_angles(copy(inv_freq), scale); }
 
-    void embed(const PyWeight& table, bool by_position, int offset, int out) {
+    void join(const std::shared_ptr<Group>& group) { program_->join(group); }
+    int partial(int width) { return program_->add_partial(width); }
+
+    // `total`: rows that the table has on all ranks together, of which this one begins with row -offset.
+    void embed(const PyWeight& table, bool by_position, int offset, int total, int out) {
         auto instruction = std::make_unique<Embed>();
         instruction->table = table.weight, instruction->by_position = by_position, instruction->offset = offset, instruction->out = out;
         const int64_t rows = table.weight->matrix.rows;
         expect(table.weight->matrix.cols == width(out), "embedding", table.weight->matrix.cols, width(out));
-        expect(offset >= 0 && offset < rows && (by_position || offset == 0), "embedding's offset", offset, 0);
+        if (by_position)
+            expect(offset >= 0 && offset < rows && total == rows, "embedding's offset", offset, 0);
+        else
+            expect(offset <= 0 && rows - offset <= total, "embedding's share's end", rows - offset, total);
         if (by_position)
             program_->limit_positions(int(rows) - offset);
         else
-            program_->vocab = int(rows);
+            program_->vocab = total;
         program_->add(std::move(instruction));
     }
 
@@ -174,11 +219,14 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
-    void head(int x, const PyWeight& weight, std::optional<Vector<float>> bias, int logits, const PyTransform& before, bool gathered, const std::string& recipe, float factor, float cap) {
+    void head(int x, const PyWeight& weight, std::optional<Vector<float>> bias, int logits, const PyTransform& before, bool gathered, const std::string& recipe, float factor, float cap,
+              const std::vector<int>& columns) {
         auto instruction = std::make_unique<Head>();
+        const int own = columns.empty() ? width(logits) : own_columns(columns, width(logits));
+        instruction->columns = columns;
         instruction->input = input(x, before, gathered);
         instruction->factor = factor, instruction->cap = cap;
-        instruction->weight = weighted(instruction->input, weight, bias, logits, false, recipe);
+        instruction->weight = weighted(instruction->input, weight, bias, logits, false, recipe, own);
         instruction->logits = logits;
         need(instruction->input);
         program_->need_tile(Head::tile_floats());
@@ -288,6 +336,20 @@ class PyProgram {
         program_->add(std::move(instruction));
     }
 
+    void reduce_start(int partial) {
+        auto instruction = std::make_unique<ReduceStart>();
+        instruction->partial = checked_partial(partial);
+        program_->add(std::move(instruction));
+    }
+
+    void reduce_wait(int partial, int residual, int out) {
+        auto instruction = std::make_unique<ReduceWait>();
+        instruction->partial = checked_partial(partial), instruction->residual = residual, instruction->out = out;
+        for (int slot : {residual, out})
+            if (slot >= 0) expect(width(slot) == width(partial) && program_->slot(slot).space == RowSpace::all, "reduced value", width(slot), width(partial));
+        program_->add(std::move(instruction));
+    }
+
     void finish(int hidden, int output) {
         output_ = output;
         program_->finish(hidden, output);
@@ -317,6 +379,11 @@ class PyProgram {
     }
     int width(int slot) const { return program_->slot(slot).width; }
 
+    int checked_partial(int slot) const {
+        expect(program_->slot(slot).reduction >= 0, "slot of partial sums", slot, -1);
+        return slot;
+    }
+
     void check_kv(const PyKvPool& kv, int layer, int k, int v) const {
         expect(layer >= 0 && layer < kv.pool->layers, "layer of a KV pool", layer, kv.pool->layers);
         for (int slot : {k, v})
@@ -344,6 +411,20 @@ class PyProgram {
         return out;
     }
 
+    // Columns of the logits that this rank has, where `columns` says at which each rank's begin.
+    int own_columns(const std::vector<int>& columns, int vocab) const {
+        const Group* group = program_->group().get();
+        const int ranks = group ? group->ranks() : 0;
+        expect(ranks > 0 && int(columns.size()) == ranks + 1, "ranks' columns of logits", (long long)columns.size(), ranks + 1);
+        expect(columns.front() == 0 && columns.back() == vocab, "all ranks' columns of logits", columns.back(), vocab);
+        for (int rank = 0; rank < ranks; ++rank) {
+            const int count = columns[size_t(rank) + 1] - columns[size_t(rank)];
+            expect(count >= 0 && count <= group->sizes.columns, "a rank's columns of logits", count, group->sizes.columns);
+        }
+        expect(program_->limits.logits <= group->sizes.logits, "rows of logits", program_->limits.logits, group->sizes.logits);
+        return columns[size_t(group->rank) + 1] - columns[size_t(group->rank)];
+    }
+
     Experts::Matrices matrices(const std::vector<PyWeight>& weights, int count, int rows, int cols, const std::string& recipe) const {
         expect(int(weights.size()) == count, "experts' weights", (long long)weights.size(), count);
         Experts::Matrices out{{}, recipe_of(weights[0].weight->matrix.format, quantised_recipe(recipe))};
@@ -363,10 +444,11 @@ class PyProgram {
         return out;
     }
 
-    Weighted weighted(ProductInput& input, const PyWeight& weight, const std::optional<Vector<float>>& bias, int out, bool accumulate, const std::string& recipe) {
+    Weighted weighted(ProductInput& input, const PyWeight& weight, const std::optional<Vector<float>>& bias, int out, bool accumulate, const std::string& recipe,
+                      int outputs = -1) {
         const PackedMatrix& matrix = weight.weight->matrix;
         expect(matrix.cols == input.cols, "weight's input", matrix.cols, input.cols);
-        expect(matrix.rows == width(out), "weight's output", matrix.rows, width(out));
+        expect(matrix.rows == (outputs < 0 ? width(out) : outputs), "weight's output", matrix.rows, outputs < 0 ? width(out) : outputs);
         Weighted part{weight.weight, nullptr, 0, out, accumulate};
         if (bias) {
             expect(int64_t(bias->size()) == matrix.rows, "bias", (long long)bias->size(), matrix.rows);
@@ -460,6 +542,12 @@ NB_MODULE(_native, m) {
         .def_prop_ro("kv_heads", [](const PyKvPool& kv) { return kv.pool->layout.kv_heads; })
         .def_prop_ro("nbytes", [](const PyKvPool& kv) { return kv.pool->memory.bytes(); })
         .def("copy_page", [](const PyKvPool& kv, Pool& pool, int source, int target) { copy_page(pool, kv, source, target); });
+    nb::class_<Group>(m, "Group")
+        .def_prop_ro("aborted", &Group::aborted)
+        .def("abort", &Group::abort)
+        .def_prop_ro("failure", &Group::failure);
+    m.def("shared_group", [](int descriptor, int rank) -> std::shared_ptr<Group> { return SharedGroup::open(descriptor, rank); }, "descriptor"_a, "rank"_a);
+    m.def("channel_group", &channel_group, "rank"_a, "ranks"_a, "rows"_a, "width"_a, "logits"_a, "columns"_a, "send"_a, "receive"_a);
     nb::class_<PyTicket>(m, "Ticket")
         .def("done", [](const PyTicket& t) { return t.pool->done(t.step->ticket); })
         .def("wait", [](const PyTicket& t) { t.pool->wait(t.step->ticket); }, nb::call_guard<nb::gil_scoped_release>())
@@ -467,16 +555,22 @@ NB_MODULE(_native, m) {
         .def("output", &output)
         .def_prop_ro("expert_load", [](const PyTicket& t) { return t.step->expert_load; })
         .def_prop_ro("seconds", [](const PyTicket& t) { return t.step->seconds; })
+        .def_prop_ro("failed", [](const PyTicket& t) { return t.step->failed.load(); })
+        .def_prop_ro("reduces", [](const PyTicket& t) { return std::make_tuple(t.step->reductions, t.step->posted_bytes, t.step->waited); })
         .def_prop_ro("started", [](const PyTicket& t) { return t.step->started; })
         .def_prop_ro("ended", [](const PyTicket& t) { return t.step->ended; });
     nb::class_<PyProgram>(m, "Program")
         .def(nb::init<Pool&, const std::string&, int, int, int, int, std::vector<int>>(), nb::keep_alive<1, 2>())
         .def("slot", &PyProgram::slot)
+        .def("join", &PyProgram::join)
+        .def("partial", &PyProgram::partial)
         .def("angles", &PyProgram::angles)
         .def("embed", &PyProgram::embed)
         .def("linear", &PyProgram::linear, "x"_a, "parts"_a, "before"_a.none(), "gathered"_a, "recipe"_a)
         .def("gated", &PyProgram::gated, "x"_a, "gate"_a, "gate_bias"_a.none(), "up"_a, "up_bias"_a.none(), "activation"_a, "out"_a, "before"_a.none(), "recipe"_a)
-        .def("head", &PyProgram::head, "x"_a, "weight"_a, "bias"_a.none(), "logits"_a, "before"_a.none(), "gathered"_a, "recipe"_a, "factor"_a, "cap"_a)
+        .def("head", &PyProgram::head, "x"_a, "weight"_a, "bias"_a.none(), "logits"_a, "before"_a.none(), "gathered"_a, "recipe"_a, "factor"_a, "cap"_a, "columns"_a)
+        .def("reduce_start", &PyProgram::reduce_start)
+        .def("reduce_wait", &PyProgram::reduce_wait)
         .def("apply", &PyProgram::apply)
         .def("rope", &PyProgram::rope)
         .def("kv_write", &PyProgram::kv_write)

@@ -35,6 +35,8 @@ struct RowKernels {
     void (*cap)(const float* x, float factor, float cap, int n, float* y);
     // out = x + factor * y, rounded twice. out may be either.
     void (*add)(const float* x, const float* y, float factor, int n, float* out);
+    // out = ((parts[0] + parts[1]) + ...) + residual, which may be null. out may be the residual.
+    void (*sum)(const float* const* parts, int count, const float* residual, int n, float* out);
     // Takes in n more values of a row, whose ids start at `first`.
     void (*best)(const float* x, int n, int32_t first, Best& best);
 };

@@ -123,6 +123,13 @@ void add(const float* x, const float* y, float factor, int n, float* out) {
     map(x, n, out, [&](Floats v, int i, int count) { return v + load_some(y + i, count) * all(factor); });
 }
 
+void sum_parts(const float* const* parts, int count, const float* residual, int n, float* out) {
+    map(parts[0], n, out, [&](Floats v, int i, int lanes) {
+        for (int part = 1; part < count; ++part) v = v + load_some(parts[part] + i, lanes);
+        return residual == nullptr ? v : v + load_some(residual + i, lanes);
+    });
+}
+
 void best(const float* x, int n, int32_t first, Best& best) {
     Floats top = all(best.value), check = zero();
     int i = 0;
@@ -149,7 +156,7 @@ void best(const float* x, int n, int32_t first, Best& best) {
 }  // namespace
 
 const RowKernels& row_table() {
-    static constexpr RowKernels table{rms_norm, layer_norm, rope_angles, rope, activate, glu, cap, add, best};
+    static constexpr RowKernels table{rms_norm, layer_norm, rope_angles, rope, activate, glu, cap, add, sum_parts, best};
     return table;
 }
 

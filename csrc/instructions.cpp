@@ -62,9 +62,12 @@ void each_row(Range rows, Worker& worker, F f) {
 void Embed::run(Program& program, Step& step, Worker& worker) const {
     const Slot& to = program.slot(out);
     each_row(worker.rows, worker, [&](int row) {
-        if (by_position) return unpack_row(table->matrix, step.positions[size_t(row)] + offset, to.row(row));
-        const int32_t token = step.tokens[size_t(row)];
-        unpack_row(table->matrix, token >= 0 ? token : program.last_tokens[size_t(-1 - token)], to.row(row));
+        const int32_t token = by_position ? 0 : step.tokens[size_t(row)];
+        const int64_t index = offset + int64_t(by_position ? step.positions[size_t(row)] : token >= 0 ? token : program.last_tokens[size_t(-1 - token)]);
+        if (index >= 0 && index < table->matrix.rows)
+            unpack_row(table->matrix, index, to.row(row));
+        else
+            std::memset(to.row(row), 0, size_t(to.width) * 4);
     });
 }
 
@@ -167,44 +170,140 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& all = program.slot(logits);
     const bool keep = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.logits || spec.temperature > 0; });
-    const int64_t ld = keep ? all.width : kHeadTiles * tile_rows;
     std::fill(scratch.best.begin() + rows.first, scratch.best.begin() + rows.past, kNoBest);
+    if (Group* group = program.group().get()) {
+        multiply(program, step, worker, activations, keep ? group->logits(group->rank, 0) : nullptr, group->sizes.columns);
+        worker.barrier();
+        choose_among_ranks(program, step, worker, keep);
+        return;
+    }
+    multiply(program, step, worker, activations, keep ? all.data : nullptr, all.width);
+    worker.barrier();
+    for (int row; (row = rows.first + worker.claim()) < rows.past;) {
+        note(program, step, row, choose(program, step, worker, row, best_of_team(program, worker, row)));
+        give_back(program, step, row);
+    }
+}
+
+// The rank's columns of the logits, into `kept` [rows][ld] unless that is null, and the best of them.
+void Head::multiply(Program& program, const Step&, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const {
+    const Range rows = input.rows(program, worker);
+    Scratch& scratch = program.scratch(worker);
+    const int width = int(weight.weight->matrix.rows), first_column = columns.empty() ? 0 : columns[size_t(program.group()->rank)];
+    if (!kept) ld = kHeadTiles * tile_rows;
     each_stretch(ceil_div(rows.count(), kTileRows), int(weight.weight->matrix.tiles()), kHeadTiles, worker, [&](int block, int first, int past) {
         const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
-        const int column = first * int(tile_rows), columns = std::min(all.width, past * int(tile_rows)) - column;
-        float* y = keep ? all.data : scratch.tile - row * ld - column;
+        const int column = first * int(tile_rows), count = std::min(width, past * int(tile_rows)) - column;
+        float* y = kept ? kept : scratch.tile - row * ld - column;
         program.matrix.multiply({&weight.weight->matrix, &activations[0], y, ld, weight.bias, false}, row, past_row, first, past);
         for (int r = row; r < past_row; ++r) {
             float* values = y + r * ld + column;
-            if (factor != 1 || cap > 0) program.rows_of.cap(values, factor, cap, columns, values);
-            program.rows_of.best(values, columns, column, scratch.best[size_t(r)]);
+            if (factor != 1 || cap > 0) program.rows_of.cap(values, factor, cap, count, values);
+            program.rows_of.best(values, count, first_column + column, scratch.best[size_t(r)]);
         }
     });
-    worker.barrier();
-    for (int row; (row = rows.first + worker.claim()) < rows.past;) choose(program, step, worker, row);
 }
 
-void Head::choose(Program& program, Step& step, Worker& worker, int row) const {
+namespace {
+
+void take_in(Best& best, const Best& other) {
+    if (other.value > best.value || (other.value == best.value && uint32_t(other.id) < uint32_t(best.id))) best.value = other.value, best.id = other.id;
+    best.finite += other.finite;
+}
+
+}  // namespace
+
+Best Head::best_of_team(Program& program, const Worker& worker, int row) const {
+    Best best = kNoBest;
+    for (int thread = 0; thread < worker.count(); ++thread) take_in(best, program.scratch_of(worker.first_of_team() + thread).best[size_t(row)]);
+    return best;
+}
+
+int32_t Head::choose(Program& program, const Step& step, const Worker& worker, int row, const Best& best) const {
     const SampleSpec& spec = step.samples[size_t(row)];
     const Slot& all = program.slot(logits);
-    Best best = kNoBest;
-    for (int thread = 0; thread < worker.count(); ++thread) {
-        const Best& other = program.scratch_of(worker.first_of_team() + thread).best[size_t(row)];
-        if (other.value > best.value || (other.value == best.value && uint32_t(other.id) < uint32_t(best.id))) best.value = other.value, best.id = other.id;
-        best.finite += other.finite;
-    }
-    int32_t token = kNoToken;
-    if (spec.choose) {
-        if (!(best.finite == 0.0f) || best.id < 0)
-            token = kBroken;
-        else if (spec.temperature > 0)
-            token = sample(program.isa, all.row(row), all.width, spec, step.positions[size_t(step.logit_rows[size_t(row)])] + 1, best.value, program.scratch(worker).sampling);
-        else
-            token = best.id;
-        if (spec.slot >= 0) program.last_tokens[size_t(spec.slot)] = std::max(token, 0);
-    }
+    if (!spec.choose) return kNoToken;
+    if (!(best.finite == 0.0f) || best.id < 0 || best.id >= all.width) return kBroken;
+    if (!(spec.temperature > 0)) return best.id;
+    return sample(program.isa, all.row(row), all.width, spec, step.positions[size_t(step.logit_rows[size_t(row)])] + 1, best.value, program.scratch(worker).sampling);
+}
+
+void Head::note(Program& program, Step& step, int row, int32_t token) const {
+    const SampleSpec& spec = step.samples[size_t(row)];
+    if (spec.choose && spec.slot >= 0) program.last_tokens[size_t(spec.slot)] = std::max(token, 0);
     step.chosen[size_t(row)] = token;
-    if (spec.logits) std::memcpy(step.output.data() + size_t(step.output_row[size_t(row)]) * size_t(all.width), all.row(row), size_t(all.width) * 4);
+}
+
+void Head::give_back(Program& program, Step& step, int row) const {
+    const Slot& all = program.slot(logits);
+    if (!step.samples[size_t(row)].logits) return;
+    std::memcpy(step.output.data() + size_t(step.output_row[size_t(row)]) * size_t(all.width), all.row(row), size_t(all.width) * 4);
+}
+
+// All ranks note the same tokens. Greedy ones each finds for itself; where a row is sampled, row i is rank i % ranks' to choose for, from
+// the columns of all.
+void Head::choose_among_ranks(Program& program, Step& step, Worker& worker, bool kept) const {
+    Group& group = *program.group();
+    const Slot& all = program.slot(logits);
+    const int rows = worker.logits.count();
+    const bool sampled = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.choose && spec.temperature > 0; });
+    for (int row; (row = worker.claim()) < rows;) group.best(group.rank)[row] = best_of_team(program, worker, row);
+    worker.barrier();
+    if (worker.index == 0) {
+        program.post(step, group.layout.best, size_t(rows) * sizeof(Best));
+        if (kept) program.post(step, group.layout.logits, size_t(rows) * size_t(group.sizes.columns) * 4);
+    }
+    worker.barrier();
+    program.await(step, worker, program.last_event());
+    for (int row; (row = worker.claim()) < rows;) {
+        const SampleSpec& spec = step.samples[size_t(row)];
+        const bool own = row % group.ranks() == group.rank;
+        if (spec.logits || (own && spec.choose && spec.temperature > 0))
+            for (int rank = 0; rank < group.ranks(); ++rank)
+                std::memcpy(all.row(row) + columns[size_t(rank)], group.logits(rank, row), size_t(columns[size_t(rank) + 1] - columns[size_t(rank)]) * 4);
+        give_back(program, step, row);
+        if (sampled && !own) continue;
+        Best best = kNoBest;
+        for (int rank = 0; rank < group.ranks(); ++rank) take_in(best, group.best(rank)[row]);
+        const int32_t token = step.failed ? kBroken : choose(program, step, worker, row, best);
+        if (sampled)
+            group.tokens(group.rank)[row] = token;
+        else
+            note(program, step, row, token);
+    }
+    if (!sampled) return;
+    worker.barrier();
+    if (worker.index == 0) program.post(step, group.layout.tokens, size_t(rows) * 4);
+    worker.barrier();
+    program.await(step, worker, program.last_event());
+    for (int row; (row = worker.claim()) < rows;) {
+        const int32_t token = group.tokens(row % group.ranks())[row];
+        note(program, step, row, token < kBroken || token >= all.width ? kBroken : token);
+    }
+}
+
+// ---- reductions
+
+void ReduceStart::run(Program& program, Step& step, Worker& worker) const {
+    if (worker.index != 0) return;
+    const Slot& slot = program.slot(partial);
+    Group& group = *program.group();
+    program.post(step, group.layout.partial(program.buffer(slot.reduction)), size_t(step.rows()) * size_t(slot.width) * 4);
+    program.event(slot.reduction) = program.last_event();
+    ++step.reductions;
+}
+
+void ReduceWait::run(Program& program, Step& step, Worker& worker) const {
+    const Slot &from = program.slot(partial), &to = program.slot(out);
+    const Group& group = *program.group();
+    program.await(step, worker, program.event(from.reduction));
+    std::vector<const float*> areas(size_t(group.ranks())), parts(areas.size());
+    for (int rank = 0; rank < group.ranks(); ++rank) areas[size_t(rank)] = group.partial(rank, program.buffer(from.reduction));
+    each_row(worker.rows, worker, [&](int row) {
+        const size_t at = size_t(row) * size_t(from.width);
+        for (size_t rank = 0; rank < parts.size(); ++rank) parts[rank] = areas[rank] + at;
+        program.rows_of.sum(parts.data(), int(parts.size()), residual < 0 ? nullptr : program.slot(residual).row(row), to.width, to.row(row));
+    });
 }
 
 // ---- rows

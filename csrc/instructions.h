@@ -9,7 +9,7 @@ namespace headrace {
 struct Embed : Instruction {
     std::shared_ptr<const Weight> table;
     bool by_position = false;
-    int offset = 0;
+    int offset = 0;  // a row that the table does not have is another rank's: zeros here
     SlotId out;
 
     void run(Program& program, Step& step, Worker& worker) const override;
@@ -86,13 +86,37 @@ struct Head : Instruction {
     Weighted weight;
     float factor = 1, cap = 0;  // RowKernels::cap of the product
     SlotId logits;  // filled only in steps where a row is sampled or asks for its logits
+    std::vector<int> columns;  // of a group: where each rank's columns begin, and how many there are in all
 
     static size_t tile_floats();
     void run(Program& program, Step& step, Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::logits; }
 
   private:
-    void choose(Program& program, Step& step, Worker& worker, int row) const;
+    void multiply(Program& program, const Step& step, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const;
+    Best best_of_team(Program& program, const Worker& worker, int row) const;
+    int32_t choose(Program& program, const Step& step, const Worker& worker, int row, const Best& best) const;
+    void note(Program& program, Step& step, int row, int32_t token) const;
+    void give_back(Program& program, Step& step, int row) const;
+    void choose_among_ranks(Program& program, Step& step, Worker& worker, bool kept) const;
+};
+
+// Gives this rank's partial sums to all ranks.
+struct ReduceStart : Instruction {
+    SlotId partial;
+
+    void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program&) const override { return RowSpace::all; }
+    bool parts() const override { return false; }
+};
+
+// out = the sum of the partial sums of ranks 0, 1, ... (+ residual), once all are there
+struct ReduceWait : Instruction {
+    SlotId partial, out, residual = -1;
+
+    void run(Program& program, Step& step, Worker& worker) const override;
+    RowSpace space(const Program&) const override { return RowSpace::all; }
+    bool parts() const override { return false; }
 };
 
 // out = f(x) (+ residual)

@@ -75,6 +75,22 @@ SlotId Program::add_slot(int width, RowSpace space) {
     return SlotId(slots_.size()) - 1;
 }
 
+void Program::join(std::shared_ptr<Group> group) {
+    if (group->taken) throw std::invalid_argument("the group has a program already; a program needs a group of its own");
+    require(limits.rows <= group->sizes.rows, "rows of a program whose group holds fewer", limits.rows, group->sizes.rows);
+    group->taken = true;
+    group_ = std::move(group);
+}
+
+SlotId Program::add_partial(int width) {
+    if (!group_) throw std::invalid_argument("a program without a group has no reductions");
+    if (width != group_->sizes.width)
+        throw std::invalid_argument("partial sums of width " + std::to_string(width) + "; the group's are " + std::to_string(group_->sizes.width) + " wide");
+    slots_.push_back({width, RowSpace::all, nullptr, int(events_.size())});
+    events_.push_back(0);
+    return SlotId(slots_.size()) - 1;
+}
+
 int Program::add_angles(std::vector<float> inv_freq, float scale) {
     angles_.push_back({std::move(inv_freq), scale, nullptr});
     return int(angles_.size()) - 1;
@@ -147,7 +163,8 @@ void Program::finish(SlotId hidden, SlotId output) {
     const size_t of_a_thread = private_bytes_ + row_bytes + aligned(tile_floats_ * 4) + attention_bytes_ + 2 * partial_floats_ * 4 +
                                aligned(size_t(kQueries) * size_t(attention_dim_) * 4);
     size_t bytes = activation_bytes_ * size_t(limits.rows) + of_a_thread * size_t(pool.threads());
-    for (const Slot& slot : slots_) bytes += aligned(size_t(slot.width) * rows_in(slot.space) * 4);
+    for (const Slot& slot : slots_)
+        if (slot.reduction < 0) bytes += aligned(size_t(slot.width) * rows_in(slot.space) * 4);
     for (const AngleTable& table : angles_) bytes += aligned(table.inv_freq.size() * 2 * size_t(limits.rows) * 4);
     arena_ = std::make_unique<Memory>(bytes);
 
@@ -158,7 +175,9 @@ void Program::finish(SlotId hidden, SlotId output) {
         return begin;
     };
     activations_ = take(activation_bytes_ * size_t(limits.rows));
-    for (Slot& slot : slots_) slot.data = (float*)take(size_t(slot.width) * rows_in(slot.space) * 4);
+    for (Slot& slot : slots_)
+        if (slot.reduction < 0) slot.data = (float*)take(size_t(slot.width) * rows_in(slot.space) * 4);
+    place_partials();
     for (AngleTable& table : angles_) table.data = (float*)take(table.inv_freq.size() * 2 * size_t(limits.rows) * 4);
     scratch_.resize(size_t(pool.threads()));
     for (Scratch& scratch : scratch_) {
@@ -298,9 +317,25 @@ void Program::begin(Step& step, Worker& worker) {
         std::memcpy(hidden.row(r), step.hidden.data() + size_t(r) * size_t(hidden.width), size_t(hidden.width) * 4);
 }
 
+void Program::place_partials() {
+    for (Slot& slot : slots_)
+        if (slot.reduction >= 0) slot.data = group_->partial(group_->rank, buffer(slot.reduction));
+}
+
+void Program::await(Step& step, const Worker& worker, uint64_t event) {
+    const double from = worker.index == 0 ? now() : 0;
+    if (!group_->wait(event)) step.failed = true;
+    if (worker.index == 0) step.waited += now() - from;
+}
+
 void Program::end(Step& step, Worker& worker) {
-    if (output_ < 0) return;
+    if (output_ < 0 && !group_) return;
     worker.barrier();
+    if (group_ && worker.index == 0) {  // nobody looks for partial sums any more
+        first_buffer_ = buffer(int(events_.size()));
+        place_partials();
+    }
+    if (output_ < 0) return;
     const Slot& output = slot(output_);
     for (int r = worker.index; r < rows(step, output_); r += worker.count())
         std::memcpy(step.output.data() + size_t(r) * size_t(output.width), output.row(r), size_t(output.width) * 4);

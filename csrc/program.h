@@ -3,6 +3,9 @@
 // Operands are slots: buffers of float32 [rows][width], bound when the program is finished. How many rows a step has is known only
 // when it runs. A step is one job of the pool: all threads walk through the instructions together, share out each one's work and
 // meet at a barrier after it. Or, where there are many rows, each thread takes some of them through all instructions alone.
+//
+// A program may be one rank's part of a model (group.h): its products then give partial sums, into the rank's area, which reductions turn
+// into whole ones.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "group.h"
 #include "matrix.h"
 #include "memory.h"
 #include "pool.h"
@@ -79,6 +83,11 @@ struct Step {
     std::vector<int> shares;          // [threads + 1]: where each thread's rows begin, if they work apart; empty: they work together
     bool cuts_chunks = false;         // a chunk's rows lie in two shares
     double started = 0, ended = 0;    // seconds, steady clock
+    // Of a rank's step: reductions, bytes that it gave to the other ranks, seconds that its first thread waited for theirs.
+    int reductions = 0;
+    int64_t posted_bytes = 0;
+    double waited = 0;
+    std::atomic<bool> failed = false;  // the group was aborted: nothing of the result means anything
     uint32_t ticket = 0;
 
     int rows() const { return int(positions.size()); }
@@ -93,6 +102,7 @@ struct Slot {
     int width;
     RowSpace space;
     float* data;
+    int reduction = -1;  // the reduction whose partial sums it holds: `data` lies in the rank's area, and changes with each step
 
     float* row(int index) const { return data + size_t(index) * size_t(width); }
 };
@@ -184,6 +194,10 @@ class Program {
 
     // ---- recording
     SlotId add_slot(int width, RowSpace space);
+    // Makes the program a rank's part of a model. Throws std::invalid_argument where the group holds less than the program, or has one.
+    void join(std::shared_ptr<Group> group);
+    // Room for the partial sums of the next reduction.
+    SlotId add_partial(int width);
     int add_angles(std::vector<float> inv_freq, float scale);
     void add(std::unique_ptr<Instruction> instruction) { parts_ = parts_ && instruction->parts(), instructions_.push_back(std::move(instruction)); }
     const float* keep(std::vector<float> values);  // a copy that lives as long as the program
@@ -207,6 +221,13 @@ class Program {
     static void submit(const std::shared_ptr<Program>& program, const std::shared_ptr<Step>& step);
 
     // ---- for instructions
+    const std::shared_ptr<Group>& group() const { return group_; }  // null: alone
+    // Posts bytes of the rank's area, on one thread; after the next barrier `await` waits until all ranks have posted theirs.
+    void post(Step& step, size_t at, size_t size) { last_event_ = group_->post(at, size), step.posted_bytes += int64_t(size); }
+    uint64_t last_event() const { return last_event_; }
+    void await(Step& step, const Worker& worker, uint64_t event);
+    int buffer(int reduction) const { return (first_buffer_ + reduction) % GroupLayout::buffers; }
+    uint64_t& event(int reduction) { return events_[size_t(reduction)]; }
     const Slot& slot(SlotId id) const { return slots_[size_t(id)]; }
     int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }
     Range range(const Worker& worker, SlotId id) const { return slot(id).space == RowSpace::all ? worker.rows : worker.logits; }
@@ -237,6 +258,7 @@ class Program {
     void run(Step& step, Worker& worker);
     void begin(Step& step, Worker& worker);
     void end(Step& step, Worker& worker);
+    void place_partials();
 
     std::vector<Slot> slots_;
     std::vector<AngleTable> angles_;
@@ -245,6 +267,10 @@ class Program {
     std::vector<int> page_sizes_;
     std::vector<std::unique_ptr<Instruction>> instructions_;
     bool parts_ = true;  // all instructions do
+    std::shared_ptr<Group> group_;
+    std::vector<uint64_t> events_;  // of each reduction of the step: its event
+    uint64_t last_event_ = 0;
+    int first_buffer_ = 0;  // of the step's first reduction
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     SlotId hidden_ = -1, output_ = -1;
 

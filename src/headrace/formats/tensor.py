@@ -68,6 +68,19 @@ class Tensor:
     def nbytes(self) -> int:
         return self.type.row_bytes(math.prod(self.shape))
 
+    def part(self, rows: range, columns: range) -> Tensor:
+        """Some of a matrix as a tensor of its own, in the same memory if it has all columns; these are whole blocks."""
+        data = self._rows_data(rows.start, rows.stop)
+        if len(columns) < self.shape[1]:
+            first, past = (at // self.type.block * self.type.block_bytes for at in (columns.start, columns.stop))
+            data = np.ascontiguousarray(data[:, first:past])
+        name = f"{self.name}[{rows.start}:{rows.stop}, {columns.start}:{columns.stop}]"
+        return Tensor(name, (len(rows), len(columns)), self.type, data.reshape(-1), self.path)
+
+    def _rows_data(self, first: int, past: int) -> np.ndarray:
+        """uint8 [past - first, bytes of a row]"""
+        return self.data.reshape(self.shape[0], -1)[first:past]
+
     def check_weights(self) -> Tensor:
         """The tensor itself, if it can be weights: UnsupportedModelError for a type that cannot, ModelFileError where
         it holds a value that is NaN or infinite."""

@@ -7,12 +7,15 @@ import warnings
 from ..errors import ConfigError
 from . import native
 from .native import NativeOps
+from .ops import Group
 from .reference import ReferenceOps
 
 
-def choose_ops(kernels: str, threads: int, activations: str = "group") -> NativeOps | ReferenceOps:
+def choose_ops(
+    kernels: str, threads: int, activations: str = "group", group: Group | None = None
+) -> NativeOps | ReferenceOps:
     """The op set for a setting of `kernels`: "auto" is native where that was built; otherwise a warning says what
-    is missing.
+    is missing. `group`: the ranks that hold the model between them, where this is one of several.
 
     Raises ConfigError where "native", or `activations` that only it has, are asked for and not there.
     """
@@ -26,5 +29,5 @@ def choose_ops(kernels: str, threads: int, activations: str = "group") -> Native
             )
         if activations != "group":
             raise ConfigError(f"activations {activations!r} need the native op set; leave them out or use that")
-        return ReferenceOps(threads)
-    return NativeOps(threads, per_row=activations == "row")
+        return ReferenceOps(threads, group)
+    return NativeOps(threads, per_row=activations == "row", group=group)

@@ -1,6 +1,6 @@
 """The compiled module (csrc/bind.cpp). Slots, angles and KV groups are given as indices, -1 for none."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -64,6 +64,33 @@ class KvPool:
     def copy_page(self, pool: Pool, source: int, target: int) -> None:
         """Queue the copy of a page."""
 
+class Group:
+    """A rank's end of a group (csrc/group.h)."""
+
+    @property
+    def aborted(self) -> bool: ...
+    @property
+    def failure(self) -> str:
+        """Why it was aborted, where that is known here."""
+    def abort(self) -> None:
+        """Ends every wait, on all ranks of one host: the steps that wait have failed."""
+
+def shared_group(descriptor: int, rank: int) -> Group:
+    """The ranks of one host: the file in memory of parallel/group.py."""
+
+def channel_group(
+    rank: int,
+    ranks: int,
+    rows: int,
+    width: int,
+    logits: int,
+    columns: int,
+    send: Callable[[int, np.ndarray], None],
+    receive: Callable[[int, int, np.ndarray], None],
+) -> Group:
+    """Ranks anywhere: send(number, bytes) to all, receive(rank, number, bytes to fill) from one; called on threads of
+    the pool. What they raise aborts the group."""
+
 class Ticket:
     """A queued step."""
 
@@ -76,6 +103,10 @@ class Ticket:
     @property
     def seconds(self) -> list[float]: ...
     @property
+    def failed(self) -> bool: ...
+    @property
+    def reduces(self) -> tuple[int, int, float]: ...
+    @property
     def started(self) -> float: ...
     @property
     def ended(self) -> float: ...
@@ -87,8 +118,14 @@ class Program:
         self, pool: Pool, isa: str, rows: int, logits: int, chunks: int, sequences: int, pages: list[int]
     ) -> None: ...
     def slot(self, width: int, logits: bool) -> int: ...
+    def join(self, group: Group) -> None: ...
+    def partial(self, width: int) -> int:
+        """A slot for the partial sums of the next reduction."""
+
     def angles(self, inv_freq: np.ndarray, scale: float) -> int: ...
-    def embed(self, table: Weight, by_position: bool, offset: int, out: int) -> None: ...
+    def embed(self, table: Weight, by_position: bool, offset: int, total: int, out: int) -> None:
+        """`total`: rows of the table on all ranks together; this one's begin with row -offset."""
+
     def linear(
         self,
         x: int,
@@ -122,9 +159,13 @@ class Program:
         recipe: str,
         factor: float,
         cap: float,
+        columns: Sequence[int],
     ) -> None:
-        """Logits, each as "cap" makes it of the product, and the tokens that they choose."""
+        """Logits, each as "cap" makes it of the product, and the tokens that they choose. `columns`: of a group, where
+        each rank's begin, and how many there are in all."""
 
+    def reduce_start(self, partial: int) -> None: ...
+    def reduce_wait(self, partial: int, residual: int, out: int) -> None: ...
     def apply(self, x: int, of_row: Transform, residual: int, out: int) -> None: ...
     def rope(self, x: int, angles: int, heads: int, out: int) -> None: ...
     def kv_write(self, kv: KvPool, layer: int, group: int, k: int, v: int) -> None: ...

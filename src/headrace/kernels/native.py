@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, EngineDeadError
 from ..types import SamplingParams
-from .ops import Activation, Array, Batch, KVGroupBatch, RopeTable
+from .ops import Activation, Array, Batch, Group, KVGroupBatch, RopeTable
 
 try:
     _native: Any = importlib.import_module("headrace.kernels._native")
@@ -65,6 +65,19 @@ def missing() -> str | None:
 def supported_isas() -> list[str]:
     """Instruction sets that this machine runs, widest first; HEADRACE_ISA chooses another than the first."""
     return list(_native.supported_isas)
+
+
+def shared_group(file: int, rank: int) -> Any:
+    """A rank's end of parallel/group.py's SharedGroup."""
+    return _native.shared_group(file, rank)
+
+
+def channel_group(
+    rank: int, sizes: Sequence[int], send: Callable[[int, np.ndarray], None], fill: Callable[..., None]
+) -> Any:
+    """A rank's end of a ChannelGroup: send(number, bytes) to all others, fill(rank, number, bytes) from one. They are
+    called on threads of the pool."""
+    return _native.channel_group(rank, *sizes, send, fill)
 
 
 def sample_spec(
@@ -112,10 +125,10 @@ class NativeCache:
 class Ticket:
     """A step that was queued."""
 
-    __slots__ = ("_ticket", "_width")
+    __slots__ = ("_group", "_ticket", "_width")
 
-    def __init__(self, ticket: Any, width: int) -> None:
-        self._ticket, self._width = ticket, width
+    def __init__(self, ticket: Any, width: int, group: Any = None) -> None:
+        self._ticket, self._width, self._group = ticket, width, group
 
     def done(self) -> bool:
         return self._ticket.done()
@@ -124,15 +137,24 @@ class Ticket:
         """Wait, without holding the interpreter. Gives the chosen tokens, int32 [logit rows], and float32 [n, width].
 
         The latter is the logits of the rows that asked for them, in order; or the output, where a program does not end
-        in logits.
+        in logits. Raises EngineDeadError where the group of ranks was aborted meanwhile.
         """
         self._ticket.wait()
+        if self._ticket.failed:
+            why = f" ({self._group.failure})" if self._group.failure else ""
+            raise EngineDeadError(f"the step has no result: its group of ranks was aborted{why}; start the ranks anew")
         return self._ticket.chosen(), self._ticket.output().reshape(-1, self._width)
 
     @property
     def times(self) -> tuple[float, float]:
         """When the step started and ended, in seconds of time.monotonic. To be read after `result`."""
         return self._ticket.started, self._ticket.ended
+
+    @property
+    def reduces(self) -> tuple[int, int, float]:
+        """Of a rank's step: reductions, bytes given to the other ranks (tokens and logits included), and seconds of
+        waiting for theirs. To be read after `result`."""
+        return self._ticket.reduces
 
     @property
     def expert_load(self) -> list[int]:
@@ -157,8 +179,8 @@ class Instruction:
 class NativeProgram:
     """A recorded range of layers. `instructions` are what it does, in order, after fusion."""
 
-    def __init__(self, program: Any, width: int, instructions: tuple[Instruction, ...]) -> None:
-        self._program, self._width, self.instructions = program, width, instructions
+    def __init__(self, program: Any, width: int, instructions: tuple[Instruction, ...], group: Any = None) -> None:
+        self._program, self._width, self.instructions, self._group = program, width, instructions, group
 
     def submit(
         self,
@@ -180,21 +202,28 @@ class NativeProgram:
         ticket = self._program.submit(
             tokens, positions, chunk_rows, logit_rows, places, samples.view(np.uint8), hidden, timed
         )
-        return Ticket(ticket, self._width)
+        return Ticket(ticket, self._width, self._group)
 
 
 class NativeOps:
     """The native op set on one pool of threads.
 
     `isa` is an instruction set; without it HEADRACE_ISA says which, or it is the widest that runs here. `per_row`
-    chooses the faster, coarser recipe for products of quantised weights: one scale for a row of activations.
+    chooses the faster, coarser recipe for products of quantised weights: one scale for a row of activations. `group`:
+    the ranks that hold the model between them; it serves one program.
     """
 
     # Half the memory of 16 bits and 7% more tokens a second at 64 sequences; SmolLM2's perplexity grows by 0.06%.
     default_kv_dtype = "int8"
     kv_head_multiple = 16
 
-    def __init__(self, threads: int | None = None, isa: str | None = None, per_row: bool = False) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        per_row: bool = False,
+        group: Group | None = None,
+    ) -> None:
         if _native is None:
             raise ConfigError(f"the native kernels are not built here ({_missing}); reinstall with a C++ compiler")
         if threads is None:
@@ -205,7 +234,7 @@ class NativeOps:
                 f"instruction set {self.isa!r} does not run here; choose one of {', '.join(_native.supported_isas)}"
             )
         self.name = f"native-{self.isa}"
-        self.threads, self.per_row = threads, per_row
+        self.threads, self.per_row, self.group = threads, per_row, group
         self._pool = _native.Pool(threads)
         self._sources: list[Any] = []  # packed in the background: they must live until that is done
         self._recording: _Recording | None = None
@@ -279,9 +308,10 @@ class NativeOps:
         self._recording.records.append(Record(op, tuple(inputs), out, attributes))
         return out
 
-    def embed(self, table: Any, indices: Array, offset: int = 0) -> Array:
+    def embed(self, table: Any, indices: Array, offset: int = 0, total: int | None = None) -> Array:
         by_position = self._recording is not None and indices is self._recording.batch.positions
-        return self._record("embed", (), table.cols, table=table, by_position=by_position, offset=offset)
+        total = table.rows if total is None else total
+        return self._record("embed", (), table.cols, table=table, by_position=by_position, offset=offset, total=total)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
         return self._record("norm", (x,), x.width, function=("rms_norm", weight, None, eps, 0.0))
@@ -348,6 +378,12 @@ class NativeOps:
     def softcap(self, x: Array, cap: float) -> Array:
         return self._record("softcap", (x,), x.width, function=("cap", None, None, 1.0, cap))
 
+    def all_reduce(self, x: Array) -> Array:
+        return x if self.group is None else self._record("all_reduce", (x,), x.width)
+
+    def all_gather(self, x: Array, cuts: Sequence[int]) -> Array:
+        return x if self.group is None else self._record("all_gather", (x,), cuts[-1], cuts=list(cuts))
+
     def take_rows(self, x: Array, rows: Array) -> Array:
         return self._record("take_rows", (x,), x.width, gathers=True)
 
@@ -400,7 +436,9 @@ def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
         activate -> linear                                     "product"
         product -> add                                         "product" with a residual that it adds to
         product, product -> glu                                "gated"
-        product -> scale? -> softcap? -> output                "head", where its rows are logit_rows
+        product -> scale? -> softcap? -> all_gather? -> output "head", where its rows are logit_rows
+        all_reduce                                             "reduce_start" after what makes its input
+        all_reduce -> add?                                     "reduce_wait" before what first reads the sum
         norm? -> rope?, norm? -> rope? -> kv_write? -> attention   "attention"
         norm, activate, scale or softcap                       "apply"; a norm with the addition of its result
         scale -> add                                           "add"
@@ -408,6 +446,10 @@ def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
     A record that another one absorbs is left out where it stood. Values never change, so an item may read one later
     than its record did.
     """
+    return _late_waits(_joined(records, output), output)
+
+
+def _joined(records: Sequence[Record], output: Value | None) -> list[Item]:
     graph, items, done = _Graph(records, output), [], set()
     for record in records:
         if record in done or graph.absorbed(record):
@@ -419,7 +461,9 @@ def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
             done.update(group)
             items.append(graph.product(group, None))
         elif record.op == "add" and (summand := graph.summand(record)):
-            items.append(graph.sum(summand, record))
+            items += graph.sum(summand, record)
+        elif record.op == "all_reduce":
+            items += graph.reduction(record, None)
         elif record.op == "glu" and (pair := graph.gate_and_up(record)):
             items.append(graph.gated(pair, record))
         elif record.op == "attention":
@@ -429,6 +473,33 @@ def fuse(records: Sequence[Record], output: Value | None) -> list[Item]:
         else:
             items.append(Item(record.op, record.inputs, (record.out,), record.attributes))
     return items
+
+
+OPEN_REDUCTIONS = 2  # at once, at most: csrc/group.h
+
+
+def _late_waits(items: Sequence[Item], output: Value | None) -> list[Item]:
+    """The items with each wait for a reduction right before what first reads its sum, so that other work hides it; and
+    never with more than OPEN_REDUCTIONS of them open while the next one's partial sums are made."""
+    partials = {item.reads[0] for item in items if item.kind == "reduce_start"}
+    late: list[Item] = []
+    waiting: list[Item] = []
+
+    def wait(past: int) -> None:
+        late.extend(waiting[:past])
+        del waiting[:past]
+
+    for item in items:
+        if item.kind == "reduce_wait":
+            waiting.append(item)
+            continue
+        read = [index + 1 for index, other in enumerate(waiting) if other.writes[0] in item.reads]
+        wait(max(read, default=0))
+        if partials.intersection(item.writes):
+            wait(len(waiting) - OPEN_REDUCTIONS + 1 if len(waiting) >= OPEN_REDUCTIONS else 0)
+        late.append(item)
+    wait(len(waiting))
+    return late
 
 
 _APPLIED = ("norm", "activate", "scale", "softcap")
@@ -450,7 +521,7 @@ class _Graph:
         """The record that makes the program's logits, and the chain that ends in it: a product, then what scales it."""
         last = self.maker.get(self.output) if self.output is not None and self.output.logits else None
         chain: list[Record] = []
-        for op in ("softcap", "scale", "linear"):
+        for op in ("all_gather", "softcap", "scale", "linear"):
             record = last if not chain else self.maker.get(chain[0].inputs[0])
             if record is not None and record.op == op and (not chain or self._only_user(record.out) is chain[0]):
                 chain.insert(0, record)
@@ -512,19 +583,32 @@ class _Graph:
         the first."""
         for value in reversed(add.inputs):
             maker = self.maker.get(value)
-            if maker is not None and maker.op in ("linear", "norm", "scale") and self._only_user(value) is add:
+            fitting = maker is not None and maker.op in ("linear", "norm", "scale", "all_reduce")
+            if fitting and self._only_user(value) is add:
                 return maker
         return None
 
-    def sum(self, summand: Record, add: Record) -> Item:
+    def sum(self, summand: Record, add: Record) -> list[Item]:
         """An addition, and what it absorbs."""
         if summand.op == "linear":
-            return self.product([summand], add)
+            return [self.product([summand], add)]
+        if summand.op == "all_reduce":
+            return self.reduction(summand, add)
         residual = add.inputs[0] if add.inputs[1] is summand.out else add.inputs[1]
         if summand.op == "norm":
-            return Item("apply", (*summand.inputs, residual), (add.out,), summand.attributes)
+            return [Item("apply", (*summand.inputs, residual), (add.out,), summand.attributes)]
         factor = summand.attributes["function"][3]
-        return Item("add", (residual, *summand.inputs), (add.out,), {"factor": factor})
+        return [Item("add", (residual, *summand.inputs), (add.out,), {"factor": factor})]
+
+    def reduction(self, record: Record, add: Record | None) -> list[Item]:
+        """A reduction's two halves, and the addition that the second absorbs."""
+        (partial,) = record.inputs
+        if self._only_user(partial) is not record or partial not in self.maker:
+            raise RuntimeError("all_reduce: partial sums are an op's result, and nothing else reads them")
+        residual = () if add is None else (add.inputs[0] if add.inputs[1] is record.out else add.inputs[1],)
+        out = record.out if add is None else add.out
+        start = Item("reduce_start", (partial,), (), {})
+        return [start, Item("reduce_wait", (partial, *residual), (out,), {})]
 
     def gate_and_up(self, record: Record) -> tuple[Record, Record] | None:
         """The two products of one input that a glu absorbs."""
@@ -568,8 +652,11 @@ class _Graph:
     def head(self) -> Item:
         linear, *after = self._head
         x, source = self._input(linear.inputs[0])
-        source |= {"parts": [linear.attributes], "factor": 1.0, "cap": 0.0}
+        source |= {"parts": [linear.attributes], "factor": 1.0, "cap": 0.0, "cuts": []}
         for record in after:
+            if record.op == "all_gather":
+                source["cuts"] = record.attributes["cuts"]
+                continue
             *_, factor, cap = record.attributes["function"]
             source |= {"factor": source["factor"] * factor, "cap": cap}
         return Item("head", (x,), (self._head[-1].out,), source)
@@ -604,13 +691,19 @@ def _build(ops: NativeOps, batch: Batch, records: list[Record], output: Value | 
     program = _native.Program(
         ops._pool, ops.isa, limits.rows, limits.logits, limits.chunks, limits.sequences, list(limits.pages)
     )
+    group = ops.group.native() if ops.group else None
+    if group is not None:
+        try:
+            program.join(group)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     builder = _Builder(program, items, output, ops.per_row)
     hidden = -1 if batch.hidden is None else builder.slot_for(batch.hidden)
     for index, item in enumerate(items):
         builder.emit(index, item)
     ends_in_head = bool(items) and items[-1].kind == "head"
     program.finish(hidden, -1 if ends_in_head or output is None else builder.slots[output])
-    return NativeProgram(program, 1 if output is None else output.width, tuple(map(_instruction, items)))
+    return NativeProgram(program, 1 if output is None else output.width, tuple(map(_instruction, items)), group)
 
 
 def _instruction(item: Item) -> Instruction:
@@ -630,6 +723,7 @@ class _Builder:
     def __init__(self, program: Any, items: list[Item], output: Value | None, per_row: bool) -> None:
         self._program, self._per_row = program, per_row
         self._last_read = {value: index for index, item in enumerate(items) for value in item.reads}
+        self._partials = {item.reads[0] for item in items if item.kind == "reduce_start"}
         if output is not None:
             self._last_read[output] = len(items)
         self.slots: dict[Value, int] = {}
@@ -643,6 +737,9 @@ class _Builder:
         return "row" if self._per_row else "shifted" if shifted else "group"
 
     def slot_for(self, value: Value) -> int:
+        if value in self._partials:
+            self.slots[value] = self._program.partial(value.width)
+            return self.slots[value]
         free = self._free.get((value.width, value.logits))
         self.slots[value] = free.pop() if free else self._program.slot(value.width, value.logits)
         return self.slots[value]
@@ -651,7 +748,9 @@ class _Builder:
         getattr(self, "_" + item.kind)(index, item)
         for value in {*item.reads, *item.writes}:
             if value in self.slots and self._last_read.get(value, -1) <= index and value.width:
-                self._free.setdefault((value.width, value.logits), []).append(self.slots.pop(value))
+                slot = self.slots.pop(value)
+                if value not in self._partials:
+                    self._free.setdefault((value.width, value.logits), []).append(slot)
 
     def _read(self, item: Item) -> list[int]:
         return [self.slots[value] for value in item.reads]
@@ -666,7 +765,7 @@ class _Builder:
 
     def _embed(self, index: int, item: Item) -> None:
         a = item.attributes
-        self._program.embed(a["table"], a["by_position"], a["offset"], self.slot_for(item.writes[0]))
+        self._program.embed(a["table"], a["by_position"], a["offset"], a["total"], self.slot_for(item.writes[0]))
 
     def _product(self, index: int, item: Item) -> None:
         attributes, x = item.attributes, self.slots[item.reads[0]]
@@ -697,7 +796,8 @@ class _Builder:
         (part,), attributes = item.attributes["parts"], item.attributes
         x, out = self.slots[item.reads[0]], self.slot_for(item.writes[0])
         source = (attributes["before"], attributes["gathered"], self._recipe(shifted=True))
-        self._program.head(x, part["weight"], part["bias"], out, *source, attributes["factor"], attributes["cap"])
+        after = (attributes["factor"], attributes["cap"], attributes["cuts"])
+        self._program.head(x, part["weight"], part["bias"], out, *source, *after)
 
     def _attention(self, index: int, item: Item) -> None:
         a, reads = item.attributes, self._read(item)
@@ -726,6 +826,16 @@ class _Builder:
             self._free.setdefault((value.width, value.logits), []).append(self.slots.pop(value))
         options = (a["chosen"], a["normalise"], a["activation"])
         self._program.experts(x, scores, *matrices, *options, *slots, self._recipe())
+
+    def _reduce_start(self, index: int, item: Item) -> None:
+        self._program.reduce_start(self.slots[item.reads[0]])
+
+    def _reduce_wait(self, index: int, item: Item) -> None:
+        partial, *residual = self._read(item)
+        in_place = bool(residual) and self._last_read[item.reads[1]] == index
+        out = self.slots.pop(item.reads[1]) if in_place else self.slot_for(item.writes[0])
+        self.slots[item.writes[0]] = out
+        self._program.reduce_wait(partial, residual[0] if residual else -1, out)
 
     def _rope(self, index: int, item: Item) -> None:
         angles = self._angles_of(item.attributes["table"])

@@ -62,6 +62,33 @@ class Batch:
     expert_load: list[np.ndarray] = field(default_factory=list)
 
 
+class Reduction(Protocol):
+    """A reduction that has started."""
+
+    def wait(self) -> np.ndarray:
+        """The sum over all ranks, the same bytes on each."""
+        ...
+
+
+class Group(Protocol):
+    """The ranks that hold a model between them. Every rank makes the same calls in the same order."""
+
+    rank: int
+    size: int
+
+    def start(self, partial: np.ndarray) -> Reduction:
+        """Give this rank's partial sums, float32 [rows, width], to all ranks. They are added in the ranks' order."""
+        ...
+
+    def gather(self, own: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+        """All ranks' columns side by side: float32 [rows, cuts[-1]], from this rank's cuts[rank]:cuts[rank + 1]."""
+        ...
+
+    def native(self) -> Any:
+        """The group as the native program takes part in it."""
+        ...
+
+
 class Ops(Protocol):
     """An op set. `name` is what `headrace info` prints."""
 
@@ -86,9 +113,13 @@ class Ops(Protocol):
         """Copy a page in every layer of a pool."""
         ...
 
-    def embed(self, table: Matrix, indices: Array, offset: int = 0) -> Array:
+    def embed(self, table: Matrix, indices: Array, offset: int = 0, total: int | None = None) -> Array:
         """Rows `indices` + `offset` of `table` as float32 [rows, dim]; `indices` are the batch's tokens or
-        positions."""
+        positions.
+
+        With `total`, the table is a rank's part of one of so many rows, which begins with row -`offset` of it: what
+        another rank has is zeros here.
+        """
         ...
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -181,6 +212,14 @@ class Ops(Protocol):
 
     def softcap(self, x: Array, cap: float) -> Array:
         """cap * tanh(x / cap)."""
+        ...
+
+    def all_reduce(self, x: Array) -> Array:
+        """The sum of all ranks' x [rows, width], added in the order of the ranks."""
+        ...
+
+    def all_gather(self, x: Array, cuts: Sequence[int]) -> Array:
+        """All ranks' columns side by side -> [rows, cuts[-1]]; x has this rank's, cuts[rank]:cuts[rank + 1]."""
         ...
 
     def take_rows(self, x: Array, rows: Array) -> Array:

@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 
 from ..errors import ConfigError
 from .activations import activate, glu
-from .ops import Activation, Batch, KVGroupBatch, RopeTable
+from .ops import Activation, Batch, Group, KVGroupBatch, RopeTable
 
 LANES = 16  # columns in every product: one AVX-512 register of float32, two of AVX2
 OUTPUTS = 384  # outputs in a product, at most: its block of weights should stay in the second-level cache
@@ -69,9 +69,9 @@ class ReferenceOps:
     default_kv_dtype = "float32"
     kv_head_multiple = 1
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, group: Group | None = None) -> None:
         ThreadpoolController().limit(limits=1, user_api="blas")
-        self.threads = threads
+        self.threads, self.group = threads, group
         self._pool = ThreadPoolExecutor(max(1, threads - 1), "reference")
         self._lanes: dict[tuple[int, int], int] = {}  # by weight shape: the verdict of `_columns_agree`
 
@@ -120,8 +120,12 @@ class ReferenceOps:
                 if plane.scales is not None:
                     plane.scales[:, new] = plane.scales[:, old]
 
-    def embed(self, table: DenseMatrix, indices: np.ndarray, offset: int = 0) -> np.ndarray:
-        return table.rows[indices + offset]
+    def embed(self, table: DenseMatrix, indices: np.ndarray, offset: int = 0, total: int | None = None) -> np.ndarray:
+        rows = indices + offset
+        if total is None:
+            return table.rows[rows]
+        own = (rows >= 0) & (rows < len(table.rows))
+        return np.where(own[:, None], table.rows[np.where(own, rows, 0)], np.float32(0))
 
     def rms_norm(self, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
         parts = x.reshape(len(x), x.shape[1] // len(weight), len(weight))
@@ -298,6 +302,12 @@ class ReferenceOps:
 
     def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
         return np.tanh(x / np.float32(cap)) * np.float32(cap)
+
+    def all_reduce(self, x: np.ndarray) -> np.ndarray:
+        return x if self.group is None else self.group.start(x).wait()
+
+    def all_gather(self, x: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+        return x if self.group is None else self.group.gather(x, cuts)
 
     def take_rows(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return x[rows]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..kernels.ops import Array, Batch, KVGroupBatch, Ops, RopeTable
 from .alibi import alibi_slopes
 from .rope import rope_table
+from .shares import Share
 from .spec import ModelSpec
 from .weights import DecoderWeights, LayerWeights
 
@@ -30,15 +31,26 @@ class _Place(NamedTuple):
 class Decoder:
     """Layers `layers` of the model in `spec` (Touvron et al. 2023; grouped queries: Ainslie et al. 2023).
 
-    `context` is the longest that is served, where that is less than the model's.
+    `context` is the longest that is served, where that is less than the model's. With a `share`, `weights` are that
+    share's, and the ranks of the op set's group sum up what attention and MLP give: two reductions a layer, and one
+    for the embedding. All have the same hidden states and the same logits.
     """
 
-    def __init__(self, spec: ModelSpec, weights: DecoderWeights, layers: range, context: int | None = None) -> None:
-        self.spec, self.weights, self.layers = spec, weights, layers
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: DecoderWeights,
+        layers: range,
+        context: int | None = None,
+        share: Share | None = None,
+    ) -> None:
+        self.spec, self.weights, self.layers, self.share = spec, weights, layers, share
+        heads, kv_heads = (share.heads, share.kv_heads) if share else (range(spec.heads), range(spec.kv_heads))
+        self._heads, self._kv_heads = len(heads), len(kv_heads)
         self.kv_groups = spec.kv_groups_of(layers)
         tables = {rope: rope_table(rope, context or spec.context_length) for rope in set(spec.ropes) if rope}
         self._ropes = [tables[rope] if rope else None for rope in spec.ropes]
-        self._slopes = alibi_slopes(spec.heads) if spec.alibi else None
+        self._slopes = alibi_slopes(spec.heads)[heads.start : heads.stop] if spec.alibi else None
 
     def forward(self, ops: Ops, batch: Batch, caches: Sequence[Sequence[Any]]) -> Array:
         """Run a batch. `caches[g][i]` belongs to layer `kv_groups[g].layers[i]`, `batch.groups[g]` to its whole group.
@@ -57,7 +69,11 @@ class Decoder:
 
     def _embed(self, ops: Ops, batch: Batch) -> Array:
         spec, weights = self.spec, self.weights
-        x = _scaled(ops, ops.embed(weights.embedding, batch.tokens), spec.embedding_scale)
+        if self.share is None:
+            x = ops.embed(weights.embedding, batch.tokens)
+        else:
+            x = ops.embed(weights.embedding, batch.tokens, -self.share.vocab.start, spec.vocab_size)
+        x = _scaled(ops, self._reduced(ops, x), spec.embedding_scale)
         if spec.positions:
             x = ops.add(x, ops.embed(weights.positions, batch.positions, spec.position_offset))
         return self._norm(ops, x, weights.embedding_norm, weights.embedding_norm_bias)
@@ -66,7 +82,12 @@ class Decoder:
         spec, weights = self.spec, self.weights
         x = self._norm(ops, ops.take_rows(x, batch.logit_rows), weights.norm, weights.norm_bias)
         logits = _scaled(ops, ops.linear(x, weights.head), spec.logit_scale)
-        return logits if spec.logit_softcap is None else ops.softcap(logits, spec.logit_softcap)
+        logits = logits if spec.logit_softcap is None else ops.softcap(logits, spec.logit_softcap)
+        return logits if self.share is None else ops.all_gather(logits, self.share.vocab_cuts)
+
+    def _reduced(self, ops: Ops, x: Array) -> Array:
+        """The sum of all ranks' partial sums."""
+        return x if self.share is None else ops.all_reduce(x)
 
     def _layer(self, ops: Ops, x: Array, weights: LayerWeights, batch: Batch, place: _Place) -> Array:
         scale = self.spec.residual_scale
@@ -90,8 +111,8 @@ class Decoder:
 
     def _attention(self, ops: Ops, x: Array, weights: LayerWeights, batch: Batch, place: _Place) -> Array:
         spec = self.spec
-        q = self._placed(ops, ops.linear(x, weights.q, weights.q_bias), weights.q_norm, spec.heads, batch, place)
-        k = self._placed(ops, ops.linear(x, weights.k, weights.k_bias), weights.k_norm, spec.kv_heads, batch, place)
+        q = self._placed(ops, ops.linear(x, weights.q, weights.q_bias), weights.q_norm, self._heads, batch, place)
+        k = self._placed(ops, ops.linear(x, weights.k, weights.k_bias), weights.k_norm, self._kv_heads, batch, place)
         v = ops.linear(x, weights.v, weights.v_bias)
         ops.kv_write(place.cache, k, v, place.group)
         mixed = ops.attention(
@@ -99,13 +120,13 @@ class Decoder:
             place.cache,
             batch,
             place.group,
-            heads=spec.heads,
+            heads=self._heads,
             scale=spec.attention_scale,
             window=place.window,
             softcap=spec.softcap,
             slopes=self._slopes,
         )
-        return ops.linear(mixed, weights.o, weights.o_bias)
+        return self._reduced(ops, ops.linear(mixed, weights.o, weights.o_bias))
 
     def _placed(self, ops: Ops, x: Array, norm: Array | None, heads: int, batch: Batch, place: _Place) -> Array:
         """q or k, normed and rotated as the layer has it."""
@@ -119,12 +140,12 @@ class Decoder:
             hidden = ops.glu(ops.linear(x, weights.gate, weights.gate_bias), up, self.spec.activation)
         else:
             hidden = ops.activate(up, self.spec.activation)
-        return ops.linear(hidden, weights.down, weights.down_bias)
+        return self._reduced(ops, ops.linear(hidden, weights.down, weights.down_bias))
 
     def _experts(self, ops: Ops, x: Array, weights: LayerWeights, batch: Batch) -> Array:
         experts = self.spec.experts
         assert experts is not None
-        return ops.experts(
+        mixed = ops.experts(
             x,
             ops.linear(x, weights.router),
             weights.gates,
@@ -135,6 +156,7 @@ class Decoder:
             normalise=experts.normalise,
             activation=self.spec.activation,
         )
+        return self._reduced(ops, mixed)
 
 
 def _scaled(ops: Ops, x: Array, factor: float) -> Array:

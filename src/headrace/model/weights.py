@@ -17,6 +17,7 @@ from ..formats.tensor import F32, Tensor
 from ..kernels.ops import Array, Matrix, Ops
 from .families import family_of
 from .layout import Layout
+from .shares import Blocks, Share
 from .spec import ModelSpec, Shapes
 
 
@@ -82,8 +83,10 @@ class _Part(NamedTuple):
 _START = ("embedding", "positions", "embedding_norm", "embedding_norm_bias")
 
 
-def load_weights(source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layers: range) -> DecoderWeights:
-    """Pack the weights of `layers` from an opened model into `ops`' own form, on all cores.
+def load_weights(
+    source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layers: range, share: Share | None = None
+) -> DecoderWeights:
+    """Pack the weights of `layers`, or a rank's share of them, from an opened model into `ops`' own form, on all cores.
 
     Names and shapes of all tensors are checked against the spec before any is read; what `layers` do not need is never
     read. Raises ModelFileError for a tensor that is missing, of another shape, or unknown.
@@ -92,10 +95,51 @@ def load_weights(source: GGUFFile | Checkpoint, spec: ModelSpec, ops: Ops, layer
     wanted = {field for field in spec.table_shapes if (first if field in _START else last)}
     if last and spec.tied:
         wanted.add("embedding")
-    found, packed = load_parts(source, spec, ops, family_of(source).layout(source, spec), layers, wanted)
+    chosen = _Choice(spec, share)
+    found, packed = load_parts(source, spec, ops, family_of(source).layout(source, spec), layers, wanted, chosen)
     if last and spec.tied:  # the embedding's own Matrix where one range holds both
         found["head"] = found["embedding"] if first else found.pop("embedding")
     return DecoderWeights(layers=packed, **found)
+
+
+def column_blocks(source: GGUFFile | Checkpoint, spec: ModelSpec) -> Blocks:
+    """How the file stores the matrices that ranks cut along their columns: the widest blocks of any layer."""
+    layout = family_of(source).layout(source, spec)
+    parts = [part for layer in range(spec.layers) for part in _layer_parts(spec, layout, layer)]
+
+    def widest(*fields: str) -> int:
+        names = (name for part in parts if part.field in fields for name in part.tensors if name in source.tensors)
+        return max((source.tensors[name].type.block for name in names), default=1)
+
+    return Blocks(widest("o"), widest("down", "downs"))
+
+
+class _Choice:
+    """What is taken of each weight: a share's rows and columns, or everything."""
+
+    def __init__(self, spec: ModelSpec | None = None, share: Share | None = None) -> None:
+        self._spec, self._share = spec, share
+
+    def holds(self, field: str) -> bool:
+        return self._share is None or self._share.holds(field)
+
+    def rows(self, part: _Part) -> np.ndarray | None:
+        """The rows of its tensor that become the weight's, in order; None: all."""
+        rows = None if self._share is None or self._spec is None else self._share.rows(part.field, self._spec)
+        if rows is None:
+            return part.rows
+        return np.arange(rows.start, rows.stop) if part.rows is None else part.rows[rows.start : rows.stop]
+
+    def cut(self, field: str, tensor: Tensor, rows: np.ndarray | None) -> tuple[Tensor, np.ndarray | None]:
+        """A matrix without what a share has not, and the rows counted in it."""
+        if self._share is None or self._spec is None:
+            return tensor, rows
+        columns = self._share.columns(field, self._spec) or range(tensor.shape[1])
+        if rows is None:
+            return tensor.part(range(tensor.shape[0]), columns), None
+        first, past = int(rows.min()), int(rows.max()) + 1
+        in_order = past - first == len(rows) and bool((np.diff(rows) == 1).all())
+        return tensor.part(range(first, past), columns), None if in_order else rows - first
 
 
 class Shaped(Protocol):
@@ -110,15 +154,25 @@ class Shaped(Protocol):
 
 
 def load_parts(
-    source: GGUFFile | Checkpoint, spec: Shaped, ops: Ops, layout: Layout, layers: range, wanted: Set[str]
+    source: GGUFFile | Checkpoint,
+    spec: Shaped,
+    ops: Ops,
+    layout: Layout,
+    layers: range,
+    wanted: Set[str],
+    choice: _Choice | None = None,
 ) -> tuple[dict[str, Any], tuple[LayerWeights, ...]]:
     """The tables `wanted`, by field, and the weights of `layers`, packed. Checks and raises as `load_weights` does."""
+    choice = choice or _Choice()
     tables = {part.field: part for part in _table_parts(spec, layout)}
     _check(source, spec, layout)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        loader = _Loader(source, ops, layout, pool)
+        loader = _Loader(source, ops, layout, pool, choice)
         jobs = {field: loader.load(part) for field, part in tables.items() if field in wanted}
-        layer_jobs = [{part.field: loader.load(part) for part in _layer_parts(spec, layout, layer)} for layer in layers]
+        layer_jobs = [
+            {part.field: loader.load(part) for part in _layer_parts(spec, layout, layer) if choice.holds(part.field)}
+            for layer in layers
+        ]
         found = {field: job.result() for field, job in jobs.items()}
         packed = (LayerWeights(**{field: _result(job) for field, job in layer.items()}) for layer in layer_jobs)
         return found, tuple(packed)
@@ -158,30 +212,36 @@ def _result(job: Future[Any] | list[Future[Any]]) -> Any:
 class _Loader:
     """Queues the packing of a file's weights."""
 
-    def __init__(self, source: GGUFFile | Checkpoint, ops: Ops, layout: Layout, pool: ThreadPoolExecutor) -> None:
-        self._tensors, self._ops, self._layout, self._pool = source.tensors, ops, layout, pool
+    def __init__(
+        self, source: GGUFFile | Checkpoint, ops: Ops, layout: Layout, pool: ThreadPoolExecutor, choice: _Choice
+    ) -> None:
+        self._tensors, self._ops, self._layout, self._pool, self._choice = source.tensors, ops, layout, pool, choice
 
     def load(self, part: _Part) -> Any:
         """A future of the weight, or a list of them for experts."""
         tensors = [self._tensors[name] for name in part.tensors]
         if len(part.shape) == 3:
-            return [self._pack(expert) for expert in _slices(tensors[0])]
+            return [self._pack(expert, part) for expert in _slices(tensors[0])]
         if len(tensors) > 1:
-            return [self._pack(tensor) for tensor in tensors]
+            return [self._pack(tensor, part) for tensor in tensors]
         (tensor,) = tensors
         if len(part.shape) == 1:
             return self._pool.submit(self._vector, tensor, part)
         turned = self._layout.transposed and part.field not in ("embedding", "positions", "head")
-        return self._pack(_transposed(tensor) if turned else tensor, part.rows)
+        return self._pack(_transposed(tensor) if turned else tensor, part)
 
-    def _pack(self, tensor: Tensor, rows: np.ndarray | None = None) -> Future[Any]:
-        return self._pool.submit(lambda: self._ops.pack(tensor.check_weights(), rows))
+    def _pack(self, tensor: Tensor, part: _Part) -> Future[Any]:
+        def pack() -> Any:
+            own, rows = self._choice.cut(part.field, tensor, self._choice.rows(part))
+            return self._ops.pack(own.check_weights(), rows)
+
+        return self._pool.submit(pack)
 
     def _vector(self, tensor: Tensor, part: _Part) -> Array:
         tensor.check_weights()
         if self._layout.norm_offset and part.field.endswith("norm"):
             tensor = _float_tensor(tensor, tensor.decode() + np.float32(self._layout.norm_offset))
-        return self._ops.vector(tensor, part.rows)
+        return self._ops.vector(tensor, self._choice.rows(part))
 
 
 def _float_tensor(like: Tensor, values: np.ndarray) -> Tensor:

@@ -82,6 +82,9 @@ class MadeTensor(Tensor):
         part = Tensor(self.name, (last - first, self.shape[1]), self.type, self._made(first, last), self.path).decode()
         return part if step == 1 or rows is None else np.ascontiguousarray(part[rows])
 
+    def _rows_data(self, first: int, past: int) -> np.ndarray:
+        return self._made(first, past).reshape(past - first, -1)
+
     def _made(self, first: int, last: int) -> np.ndarray:
         out = np.empty((last - first, self.type.row_bytes(self.shape[1])), np.uint8)
         for start in range(first, last, ROWS_AT_ONCE):
