@@ -270,15 +270,15 @@ def test_a_step_that_breaks_ends_its_sequences_and_no_other(tiny: str, where: st
         submit = executor.submit
         broken: list[int] = []
 
-        def breaking(step: Step) -> Any:
+        def breaking(step: Step) -> None:
             doomed = len(step.chunks) == 1 and not broken and step.chunks[0].start > 3
-            pending = None if doomed and where == "submit" else submit(step)
-            if not doomed:
-                return pending
-            broken.append(step.number)
-            if where == "submit":
-                raise ValueError("broken on purpose")
-            return Broken()
+            if doomed:
+                broken.append(step.number)
+                if where == "submit":
+                    raise ValueError("broken on purpose")
+            submit(step)
+            if doomed:
+                executor._open[-1] = (step.number, Broken())
 
         executor.submit = breaking
         doomed = llm.stream("doomed", GREEDY)

@@ -49,8 +49,8 @@ class Rows:
         row = int(self.chunk_rows[index + 1]) - 1
         self.tokens[row] = self.residents[index].tokens[self.positions[row]]
 
-    def batch(self) -> Batch:
-        return Batch(self.tokens, self.positions, self.chunk_rows, self.logit_rows, self.groups)
+    def batch(self, hidden: np.ndarray | None = None) -> Batch:
+        return Batch(self.tokens, self.positions, self.chunk_rows, self.logit_rows, self.groups, hidden=hidden)
 
 
 class Residents:
@@ -89,6 +89,11 @@ class Residents:
                     first = len(resident.pages[pool])
                     self._tables[pool][resident.slot, first : first + len(pages)] = pages
                     resident.pages[pool].extend(pages)
+
+    def prepare(self, step: Step) -> Rows:
+        """`update`, then `rows`."""
+        self.update(step)
+        return self.rows(step)
 
     def rows(self, step: Step) -> Rows:
         """The step's chunks as arrays."""

@@ -1,10 +1,14 @@
-"""One rank: a Step in, a StepResult out."""
+"""One rank: a Step in; a StepResult out, or the hidden states for the next stage.
+
+prepare  notes who came and left, and makes arrays of the chunks      in the order of the steps
+launch   computes, given the hidden states of the stage before        where there is such a stage, as they come
+"""
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,88 +20,176 @@ from .answers import answer
 from .executor import Single
 from .residents import Resident, Residents, Rows
 
+Reduces = tuple[int, int, float]  # sums over a replica's ranks: how many, bytes, seconds waited for
+
+
+class Prepared(NamedTuple):
+    step: Step
+    rows: Rows
+
+
+class Launched(Protocol):
+    """A step under way on this rank."""
+
+    def result(self) -> StepResult:
+        """Of a range that ends the model. Waits, as the next one."""
+        ...
+
+    def hidden(self) -> np.ndarray:
+        """Of any other range: float32 [rows, dim]."""
+        ...
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """When it started and ended, in seconds of time.monotonic. To be read after a result."""
+        ...
+
+    @property
+    def reduces(self) -> Reduces:
+        """To be read after a result."""
+        ...
+
 
 class Runner:
-    """Runs a whole model with an op set whose calls run at once. `caches[pool]` lists a KV group's caches, one per
+    """Runs a range of layers with an op set whose calls run at once. `caches[pool]` lists a KV group's caches, one per
     layer."""
 
     def __init__(self, decoder: Decoder, ops: Ops, caches: list[list[Any]], residents: Residents) -> None:
         self._decoder, self._ops, self._caches, self._residents = decoder, ops, caches, residents
+        self._ends = decoder.layers.stop == decoder.spec.layers
 
     def run(self, step: Step) -> StepResult:
-        """Compute and sample one step."""
-        started = time.monotonic()
-        self._residents.update(step)
-        for transfer in step.transfers:
-            self._ops.copy_page(self._caches[transfer.pool], transfer.source, transfer.target)
-        rows = self._residents.rows(step)
+        """Compute and sample one step of a whole model."""
+        return self.launch(self.prepare(step)).result()
+
+    def prepare(self, step: Step) -> Prepared:
+        return Prepared(step, self._residents.prepare(step))
+
+    def launch(self, prepared: Prepared, hidden: np.ndarray | None = None) -> Launched:
+        started, (step, rows) = time.monotonic(), prepared
+        for copy in step.transfers:
+            self._ops.copy_page(self._caches[copy.pool], copy.source, copy.target)
         for index, chunk in enumerate(rows.chunks):
             if chunk.tokens[-1] == LATE:
                 rows.bind(index)
-        batch = rows.batch()
-        logits = np.asarray(self._decoder.forward(self._ops, batch, self._caches))
+        batch = rows.batch(hidden)
+        output = np.asarray(self._decoder.forward(self._ops, batch, self._caches))
         load = tuple(int(count) for layer in batch.expert_load for count in layer)
-        return answer(step.number, rows, [NO_TOKEN] * len(logits), iter(logits), started, time.monotonic(), load)
+        times = (started, time.monotonic())
+        if not self._ends:
+            return _Done(None, output, times)
+        return _Done(answer(step.number, rows, [NO_TOKEN] * len(output), iter(output), *times, load), output, times)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._residents.clear()
+
+
+class _Done:
+    """A step that was computed as it was launched."""
+
+    reduces: Reduces = (0, 0, 0.0)
+
+    def __init__(self, result: StepResult | None, output: np.ndarray, times: tuple[float, float]) -> None:
+        self._result, self._output, self.times = result, output, times
+
+    def result(self) -> StepResult:
+        assert self._result is not None
+        return self._result
+
+    def hidden(self) -> np.ndarray:
+        return self._output
 
 
 class NativeRunner(Single):
-    """Runs a whole model as one captured program. An Executor: steps queue in native code, so no thread of Python's
-    is kept busy and a step can be queued before the one that samples its tokens has run."""
+    """Runs a range of layers as one captured program. For a whole model it is an Executor: steps queue in native code,
+    so no thread of Python's is kept busy and a step can be queued before the one that samples its tokens has run."""
 
-    def __init__(self, program: NativeProgram, ops: NativeOps, caches: list[list[Any]], residents: Residents) -> None:
+    def __init__(
+        self,
+        program: NativeProgram,
+        ops: NativeOps,
+        caches: list[list[Any]],
+        residents: Residents,
+        ends: bool = True,
+    ) -> None:
         super().__init__()
-        self._program, self._ops, self._caches, self._residents = program, ops, caches, residents
+        self._program, self._ops, self._caches, self._residents, self._ends = program, ops, caches, residents, ends
+        self._last: Queued | None = None  # its result, and those before it, may still have to be noted
 
     def submit(self, step: Step) -> None:
-        self._ops.finish_packing()
-        self._residents.update(step)
-        for transfer in step.transfers:
-            self._ops.copy_page(self._caches[transfer.pool], transfer.source, transfer.target)
-        rows = self._residents.rows(step)
-        for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
-            if chunk.tokens[-1] == LATE and resident.in_python:
-                self._settle(chunk.late_step)
-                rows.bind(index)
-        ticket = self._program.submit(
-            rows.tokens, rows.positions, rows.chunk_rows, rows.logit_rows, rows.groups, _samples(rows)
-        )
-        for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
-            if resident.matcher is not None and chunk.samples:
-                resident.matcher.prepare(resident.output_ids)  # while the step is computed
-        self._open.append((step.number, _Queued(step.number, rows, ticket)))
+        self._open.append((step.number, self.launch(self.prepare(step))))
 
-    def _settle(self, number: int) -> None:
-        """Wait until the tokens of step `number` are noted: some of them are sampled in Python."""
-        for earlier, queued in self._open:
-            if earlier <= number:
-                queued.result()
+    def prepare(self, step: Step) -> Prepared:
+        return Prepared(step, self._residents.prepare(step))
+
+    def launch(self, prepared: Prepared, hidden: np.ndarray | None = None) -> Queued:
+        """Queue a step. `hidden` is copied."""
+        step, rows = prepared
+        self._ops.finish_packing()
+        for copy in step.transfers:
+            self._ops.copy_page(self._caches[copy.pool], copy.source, copy.target)
+        for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
+            if chunk.tokens[-1] == LATE and resident.in_python and self._last is not None:
+                self._last.result()
+                rows.bind(index)
+        logit_rows, samples = (rows.logit_rows, _samples(rows)) if self._ends else (_NO_ROWS, _NO_SAMPLES)
+        tokens = rows.tokens if hidden is None else _NO_ROWS
+        ticket = self._program.submit(tokens, rows.positions, rows.chunk_rows, logit_rows, rows.groups, samples, hidden)
+        queued = Queued(step.number, rows, ticket, self._last)
+        if self._ends:
+            self._last = queued
+            for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
+                if resident.matcher is not None and chunk.samples:
+                    resident.matcher.prepare(resident.output_ids)  # while the step is computed
+        return queued
 
     def reset(self) -> None:
         while self._open:
             with suppress(Exception):
                 self._open.popleft()[1].result()
+        self.clear()
+
+    def clear(self) -> None:
+        self._last = None
         self._residents.clear()
 
     def close(self) -> None:
         self.reset()
 
 
-class _Queued:
-    """A queued step."""
+class Queued:
+    """A queued step. Tokens are noted with their sequences in the order of the steps, so a result waits for those of
+    the steps before it."""
 
-    def __init__(self, number: int, rows: Rows, ticket: Ticket) -> None:
-        self._number, self._rows, self._ticket = number, rows, ticket
+    def __init__(self, number: int, rows: Rows, ticket: Ticket, before: Queued | None) -> None:
+        self._number, self._rows, self._ticket, self._before = number, rows, ticket, before
         self._result: StepResult | None = None
 
     def result(self) -> StepResult:
         if self._result is None:
+            if self._before is not None:
+                self._before.result()
+                self._before = None
             chosen, logits = self._ticket.result()
             load = tuple(self._ticket.expert_load)
             self._result = answer(self._number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times, load)
         return self._result
 
+    def hidden(self) -> np.ndarray:
+        return self._ticket.result()[1]
+
+    @property
+    def times(self) -> tuple[float, float]:
+        return self._ticket.times
+
+    @property
+    def reduces(self) -> Reduces:
+        return self._ticket.reduces
+
 
 _LOGITS = np.array([logits_spec()], SAMPLE).tobytes()
+_NO_ROWS, _NO_SAMPLES = np.empty(0, np.int32), np.empty(0, SAMPLE)
 
 
 def _sampling(resident: Resident) -> bytes | None:
@@ -110,7 +202,7 @@ def _sampling(resident: Resident) -> bytes | None:
 
 
 def _samples(rows: Rows) -> np.ndarray:
-    """SAMPLE entries of the step's logit rows; notes with each sequence who samples its token."""
+    """SAMPLE entries of the step's logit rows; notes with each sequence whether Python samples its token."""
     entries = []
     for chunk, resident in zip(rows.chunks, rows.residents, strict=True):
         if chunk.logit_rows:
