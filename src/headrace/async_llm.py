@@ -87,6 +87,7 @@ class AsyncLLM:
         self._first: asyncio.Future[Resolved] | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._heard = 0.0
+        self.sampled = 0.0  # when the step ended whose tokens came last; time.monotonic
         self._restarts: list[float] = []
         self._maps: list[asyncio.Future[PageMap]] = []
         self._waits: dict[Wait, int] = dict.fromkeys(get_args(Wait), 0)  # steps, by what the queue waited for
@@ -360,8 +361,10 @@ class AsyncLLM:
     def _hear(self, message: FromEngine) -> None:
         self._heard = time.monotonic()
         if isinstance(message, Events):
+            self.sampled = self._heard
             for report in message.reports:
                 self._note(report)
+                self.sampled = report.ended
             for event in message.events:
                 if running := self._live.get(event.request_id):
                     running.push(event)

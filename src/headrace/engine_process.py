@@ -16,7 +16,7 @@ from .assemble import EncoderModel, build_embedder, build_engine, open_any
 from .engine import Engine
 from .errors import HeadraceError, RequestError
 from .grammar.compiled import Compiler, Grammars
-from .processes import die_with_parent
+from .processes import die_with_parent, settle, stand_back, threads
 from .trace import StepTrace
 from .types import Event, Step
 from .workers.encoding import serve_encoder
@@ -50,6 +50,7 @@ def serve(door: Door) -> None:
     load = next(iter(door.take(wait=True)), None)
     if not isinstance(load, Load):
         return
+    before = threads()
     try:
         opened = open_any(load.model)
         if isinstance(opened, EncoderModel):
@@ -61,6 +62,8 @@ def serve(door: Door) -> None:
         door.send(_refusal(None, error))
         door.flush()
         return
+    stand_back(before)
+    settle()
     door.send(Ready(resolved))
     reports: list[Report] = []
     engine.observer = lambda step, trace: reports.append(_report(engine, step, trace))

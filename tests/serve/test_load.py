@@ -202,4 +202,4 @@ def test_the_cost_of_http(smollm2: Path, tmp_path: Path) -> None:
         count = server.metric("token_delivery_seconds_count")
         late = count - server.metric('token_delivery_seconds_bucket{le="0.005",')
     assert sorted(ratios)[2] >= 0.9, ratios
-    assert late / count < 0.05, f"{late:.0f} of {count:.0f} steps' tokens were later than 5 ms"
+    assert late / count < 0.05, f"{late:.0f} of {count:.0f} tokens were later than 5 ms"

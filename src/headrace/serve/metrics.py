@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 from ..workers.wire import Report
+from .outbox import Outbox
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -36,28 +37,43 @@ class Tally:
         self.tokens: dict[str, int] = {}  # generated, by model
         self.gaps: dict[str, list[int]] = {}  # by model: how many fell into each of SECONDS' buckets
         self.sums: dict[str, float] = {}
+        self.deliveries: dict[str, list[int]] = {}  # as gaps
+        self.delivery_sums: dict[str, float] = {}
 
     def add(self, model: str) -> None:
         self.tokens.setdefault(model, 0)
         self.gaps.setdefault(model, [0] * (len(SECONDS) + 1))
         self.sums.setdefault(model, 0.0)
+        self.deliveries.setdefault(model, [0] * (len(SECONDS) + 1))
+        self.delivery_sums.setdefault(model, 0.0)
 
     def gap(self, model: str, seconds: float) -> None:
         self.gaps[model][bisect_left(SECONDS, seconds)] += 1
         self.sums[model] += seconds
+
+    def delivery(self, model: str, seconds: float) -> None:
+        self.deliveries[model][bisect_left(SECONDS, seconds)] += 1
+        self.delivery_sums[model] += seconds
 
     def collect(self) -> Iterator[Any]:
         tokens = CounterMetricFamily("headrace_generation_tokens", "Tokens generated.", labels=MODEL)
         gaps = HistogramMetricFamily(
             "headrace_inter_token_latency_seconds", "From one token of a request to its next.", labels=MODEL
         )
+        deliveries = HistogramMetricFamily(
+            "headrace_token_delivery_seconds",
+            "From the end of the step that sampled a streamed token to the token in its connection's buffer.",
+            labels=MODEL,
+        )
         bounds = [*map(str, SECONDS), "+Inf"]
         for model, count in self.tokens.items():
             tokens.add_metric([model], count)
-            buckets = list(zip(bounds, accumulate(self.gaps[model]), strict=True))
-            gaps.add_metric([model], buckets, self.sums[model])
-        yield tokens
-        yield gaps
+            for family, counts, sums in (
+                (gaps, self.gaps, self.sums),
+                (deliveries, self.deliveries, self.delivery_sums),
+            ):
+                family.add_metric([model], list(zip(bounds, accumulate(counts[model]), strict=True)), sums[model])
+        yield from (tokens, gaps, deliveries)
 
 
 class Metrics:
@@ -97,9 +113,6 @@ class Metrics:
         self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.")
         self.decode = histogram("request_decode_time_seconds", "From the first token to the last.")
         self.step_seconds = histogram("engine_step_seconds", "Time of a step on the worker.")
-        self.delivery = histogram(
-            "token_delivery_seconds", "From a step's end on the worker to its tokens in the connections' buffers."
-        )
         self.step_rows = histogram("iteration_tokens_total", "Tokens computed in a step.", TOKENS)
         self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self.request_generated = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
@@ -141,14 +154,16 @@ class Collector:
         self._steps, self._step_seconds, self._rows = (
             m.steps.labels(model), m.step_seconds.labels(model), m.step_rows.labels(model),
         )  # fmt: skip
-        self._tally, self._delivery = m.tally, m.delivery.labels(model)
+        self._tally = m.tally
         m.tally.add(model)
+        self.outbox = Outbox()
         self.refused = m.refused.labels(model)
         self._ends: deque[float] = deque(maxlen=64)  # when requests ended of late
 
     # The engine
 
     def stepped(self, reports: list[Report]) -> None:
+        self.outbox.flush()
         for report in reports:
             self._steps.inc()
             self._step_seconds.observe(report.ended - report.started)
@@ -157,7 +172,6 @@ class Collector:
                 self._queries.inc(opened.length)
                 self._hits.inc(opened.cached)
         last = reports[-1]
-        self._delivery.observe(time.monotonic() - last.ended)
         self._running.set(last.running)
         self._waiting.set(last.waiting)
         self._kv.set(max(held / pages for held, pages in zip(last.pages_held, last.pages, strict=True)))
@@ -194,6 +208,10 @@ class Collector:
             self.metrics.ttft.labels(self.model).observe(now - exchange.began)
         elif exchange.single:
             self._tally.gap(self.model, now - exchange.last)
+
+    def delivered(self, seconds: float) -> None:
+        """A piece of a stream is in its connection's buffer, so long after it was sampled."""
+        self._tally.delivery(self.model, seconds)
 
     def finished(self, exchange: Exchange) -> None:
         m, model = self.metrics, self.model

@@ -24,6 +24,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from ..errors import ConfigError
+from ..processes import settle
 from .app import Server
 from .faults import Fault
 from .logs import JsonHandler, set_up
@@ -104,6 +105,7 @@ class Process:
             for phase, seconds in served.engine.phases.items():
                 log.info("phase", extra={"facts": {"phase": phase, "model": served.name, "seconds": round(seconds, 4)}})
             self._phase("model", began, model=served.name)
+        settle()
         self._phase("ready", self._began)
         host, port = sock.getsockname()[:2]
         address = f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{port}"

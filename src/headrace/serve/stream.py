@@ -1,6 +1,6 @@
 """A streamed answer as ASGI: server-sent events, bounded in memory and time however slowly the client reads.
 
-Once the answer has begun, events go to the connection's buffer in the very call that made them, as long as the client
+Once the answer has begun, events go to the connection's buffer with the others of their step, as long as the client
 keeps up (`headrace.write` of the scope). Else they wait here, and a task sends them as the client reads.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from .exchange import Exchange
@@ -39,6 +40,8 @@ class EventStream:
         self._abort: Callable[[], None] = scope.get("headrace.abort", lambda: None)
         self._pending: list[bytes] = []
         self._size = 0
+        self._oldest: float | None = None  # of what waits: when it was sampled
+        self._collector, self._outbox = exchange.collector, exchange.collector.outbox
         self._wake = asyncio.Event()
         self._began = self._sending = False
         self._sent_at = time.monotonic()
@@ -47,9 +50,23 @@ class EventStream:
 
     def push(self, data: bytes) -> None:
         """Send or queue bytes; a client that leaves too many of them waiting is given up."""
-        if self._began and not self._pending and not self._sending and self._write(data):
-            self._sent_at = time.monotonic()
+        if self._began and not self._pending and not self._sending:
+            self._outbox.put(partial(self._write_or_wait, data, self.exchange.llm.sampled))
+        else:
+            self._wait(data, self.exchange.llm.sampled)
+
+    def _write_or_wait(self, data: bytes, sampled: float) -> None:
+        if self._pending or self._sending or not self._write(data):
+            self._wait(data, sampled)
             return
+        self._sent_at = time.monotonic()
+        self._collector.delivered(self._sent_at - sampled)
+
+    def _wait(self, data: bytes, sampled: float | None) -> None:
+        if self.gone is not None:
+            return
+        if not self._pending:
+            self._oldest = sampled
         self._pending.append(data)
         self._size += len(data)
         if self._size > MAX_PENDING:
@@ -68,7 +85,7 @@ class EventStream:
     def look(self, now: float, comment_after: float) -> None:
         """Called about once a second: a comment keeps the connection known to be alive."""
         if self._began and not self._pending and now - self._sent_at > comment_after:
-            self.push(b": keep-alive\n\n")
+            self._wait(b": keep-alive\n\n", None)
 
     async def send(self, receive: Receive, send: Send) -> Fault | None:
         """The whole life of the stream. A Fault is returned where nothing was sent yet."""
@@ -84,6 +101,7 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
             self._began = True
             while self.gone is None:
+                self._outbox.flush()
                 self._wake.clear()
                 last = exchange.done.is_set()
                 if self._pending:
@@ -102,9 +120,11 @@ class EventStream:
     async def _send_pending(self, send: Send) -> None:
         body = b"".join(self._pending)
         self._pending.clear()
-        self._size, self._sending = 0, True
+        self._size, self._sending, sampled = 0, True, self._oldest
         await send({"type": "http.response.body", "body": body, "more_body": True})
         self._sending, self._sent_at = False, time.monotonic()
+        if sampled is not None:
+            self._collector.delivered(self._sent_at - sampled)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
