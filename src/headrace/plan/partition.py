@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ConfigError
+from .plan import MAX_MICRO_BATCHES
 
 if TYPE_CHECKING:
     from ..formats.gguf import GGUFFile
     from ..formats.safetensors import Checkpoint
     from ..model.spec import ModelSpec
 
-MAX_MICRO_BATCHES = 64
 OPERATIONS_PER_BYTE = 20.0  # that a core with int8 dot products does while it reads a byte from memory
 LAYER_BITS, HEAD_BITS = 4.5, 8.5  # of a weight, where no file says it: Q4_0 layers under a Q8_0 head
 UNITS = 1 << 40  # costs are counted in these, so that equal costs are equal sums
@@ -47,8 +47,8 @@ class Costs:
 
     def __post_init__(self) -> None:
         parts = (*self.layers, self.embedding, self.head)
-        if not self.layers or not all(math.isfinite(part) and part >= 0 for part in parts) or not sum(parts):
-            raise ConfigError("costs must be finite, not negative, of at least one layer, and not all zero")
+        if not self.layers or not all(math.isfinite(part) and part >= 0 for part in parts):
+            raise ConfigError(f"costs must be finite, not negative, and of at least one layer, got {parts!r:.200}")
 
     @property
     def total(self) -> float:
@@ -69,6 +69,8 @@ class Costs:
 def blend(*several: Costs) -> Costs:
     """Costs of a mixture that spends as much on each of its parts as on the others, of 1 in all: a cut of it is good
     for each."""
+    if not all(costs.total for costs in several):
+        raise ConfigError("costs of a mixture: one of its parts would cost nothing; leave it out")
     shares = [1.0 / (costs.total * len(several)) for costs in several]
     return Costs(
         tuple(sum(cost * share for cost, share in zip(layer, shares)) for layer in zip(*(c.layers for c in several))),
@@ -160,7 +162,7 @@ class _Times:
     where it has no layer."""
 
     def __init__(self, costs: Costs, speeds: Sequence[float]) -> None:
-        units = [round(cost / costs.total * UNITS) for cost in (costs.embedding, *costs.layers, costs.head)]
+        units = [round(cost / (costs.total or 1.0) * UNITS) for cost in (costs.embedding, *costs.layers, costs.head)]
         sums = np.cumsum([0, *units[1:-1]])
         self.layers, self.speeds = len(costs.layers), speeds
         self._work = np.where(sums[None, :] > sums[:, None], sums[None, :] - sums[:, None], 0)
@@ -223,17 +225,18 @@ def ideal_bubble(micro_batches: int, stages: int) -> float:
 
 
 def round_seconds(
-    stages: Sequence[float], micro_batches: int, hop: float = 0.0, host: float = 0.0, shared: Sequence[int] = ()
+    stages: Sequence[float], micro_batches: int, hop: float = 0.0, host: float = 0.0, replicas: Sequence[int] = ()
 ) -> float:
-    """Seconds in which each of so many micro-batches goes once through the stages, round after round.
+    """Seconds in which each of so many micro-batches of a path goes once through the stages, round after round.
 
     `stages`: seconds of a micro-batch in each; `hop`: between neighbours; `host`: of the coordinator, from an answer to
-    the next step of the same sequences; `shared`: how many paths, this one included, go through each stage's replica.
-    Either one micro-batch's way around is the limit, or the busiest resource is.
+    the next step of the same sequences; `replicas` of each stage (1 where none are given), with as many micro-batches
+    on each path through them. Either one micro-batch's way around is the limit, or the busiest worker, or the host.
     """
+    replicas = replicas or (1,) * len(stages)
+    paths = math.prod(replicas)
     around = sum(stages) + (len(stages) - 1) * hop + host
-    shared = shared or (1,) * len(stages)
-    busiest = max(host * max(shared), *(seconds * paths for seconds, paths in zip(stages, shared, strict=True)))
+    busiest = max(host * paths, *(seconds * paths / count for seconds, count in zip(stages, replicas, strict=True)))
     return max(around, micro_batches * busiest)
 
 
@@ -241,9 +244,9 @@ def seconds_of(times: Mapping[int, float], rows: int) -> float:
     """Seconds for so many rows, from measured ones by row count: linear between them, the least one's below, in
     proportion above."""
     known = sorted(times)
-    if not known or rows <= known[0]:
-        if not known:
-            raise ConfigError("a stage needs the measured seconds of at least one row count, got none")
+    if not known:
+        raise ConfigError("a stage needs the measured seconds of at least one row count, got none; measure some")
+    if rows <= known[0]:
         return times[known[0]]
     at = bisect_left(known, rows)
     if at == len(known):
@@ -257,19 +260,19 @@ def choose_micro_batches(
     times: Sequence[Mapping[int, float]],
     hop: float = 0.0,
     host: float = 0.0,
-    shared: Sequence[int] = (),
+    replicas: Sequence[int] = (),
     most: int = MAX_MICRO_BATCHES,
 ) -> int:
     """In how many micro-batches the `rows` sequences of a path go through fastest: more fill the pipe, fewer cost less.
 
-    `times[s]`: measured seconds of stage s by row count; `hop`, `host` and `shared` as in `round_seconds`. The least
-    such number.
+    `times[s]`: measured seconds of stage s by row count; `hop`, `host` and `replicas` as in `round_seconds`. Of equally
+    fast numbers the least.
     """
     if rows < 1 or not times:
         raise ConfigError(f"micro-batches need at least 1 row and 1 stage, got {rows} rows and {len(times)} stages")
 
     def round_of(count: int) -> float:
         largest = -(-rows // count)
-        return round_seconds([seconds_of(stage, largest) for stage in times], count, hop, host, shared)
+        return round_seconds([seconds_of(stage, largest) for stage in times], count, hop, host, replicas)
 
-    return min(range(1, min(rows, most) + 1), key=lambda count: (round_of(count), count))
+    return min(range(1, min(rows, most) + 1), key=round_of)

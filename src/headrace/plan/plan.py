@@ -39,7 +39,7 @@ MAX_LAYER = 1023
 MAX_PAGES = 2**31 - 1
 MAX_MICRO_BATCHES = 64
 MIN_HEARTBEAT, MAX_HEARTBEAT = 0.05, 60.0  # seconds
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 18
 
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})")
 
@@ -284,17 +284,23 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     @classmethod
     def read(cls, path: str | FilePath) -> Plan:
-        """A plan from a YAML or JSON file (JSON is YAML)."""
+        """A plan from a YAML or JSON file."""
+        import yaml
+
+        path = FilePath(path).expanduser()
         try:
-            with open(FilePath(path).expanduser(), "rb") as file:
+            with open(path, "rb") as file:
                 data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise PlanError(f"plan {path} cannot be read: {error.strerror}") from None
         if len(data) > MAX_FILE_BYTES:
             raise PlanError(f"plan {path} is larger than {MAX_FILE_BYTES} bytes; a plan is a short list of stages")
         try:
-            return msgspec.yaml.decode(data, type=cls)
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            if path.suffix == ".json":
+                return msgspec.json.decode(data, type=cls)
+            # Not msgspec's own decoder: it takes libyaml, which deep nesting crashes.
+            return msgspec.convert(yaml.safe_load(data), cls)
+        except (msgspec.MsgspecError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise PlanError(f"plan {path}: {error}") from None
 
     def write(self, path: str | FilePath) -> None:
