@@ -1,10 +1,13 @@
-"""What happened when: one StepTrace per step (later per step and stage), kept in a bounded ring."""
+"""What happened when: a StepTrace a step, a StageSpan a step and rank, a Mark a failure; kept in bounded rings."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +30,73 @@ class StepTrace:
         return (self.submitted - self.planned) + (self.applied - self.answered)
 
 
+class StageSpan(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A step on one rank of a split model. Times in seconds of the coordinator's time.monotonic."""
+
+    step: int
+    rows: int
+    stage: int
+    replica: int
+    rank: int
+    received: float  # the step came from the coordinator
+    hidden: float  # the hidden states came from the stage before; on the first stage as `received`
+    started: float
+    ended: float
+    sent: float = 0.0  # the channel to the next stage had taken the hidden states; 0 where this rank sends none
+    reduces: int = 0  # sums over the replica's ranks, all between `started` and `ended`
+    reduce_bytes: int = 0
+    reduce_seconds: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        return self.ended - self.started
+
+
+MarkKind = Literal["lost", "detected", "restarted", "joined", "left", "revoked"]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """Something that befell the workers, in seconds of the coordinator's time.monotonic. Where `stage`, `replica` or
+    `rank` is None it concerns all of them."""
+
+    time: float
+    kind: MarkKind
+    stage: int | None = None
+    replica: int | None = None
+    rank: int | None = None
+    text: str = ""
+
+
 class Trace:
-    """The last `capacity` steps."""
+    """The last `capacity` steps, and the last spans and marks."""
 
-    def __init__(self, capacity: int = 4096) -> None:
+    def __init__(self, capacity: int = 4096, spans: int = 65536, marks: int = 4096) -> None:
         self._steps: deque[StepTrace] = deque(maxlen=capacity)
+        self._spans: deque[StageSpan] = deque(maxlen=spans)
+        self._marks: deque[Mark] = deque(maxlen=marks)
 
-    def add(self, step: StepTrace) -> None:
-        self._steps.append(step)
+    def add(self, entry: StepTrace | StageSpan | Mark) -> None:
+        if isinstance(entry, StepTrace):
+            self._steps.append(entry)
+        elif isinstance(entry, StageSpan):
+            self._spans.append(entry)
+        else:
+            self._marks.append(entry)
 
     def clear(self) -> None:
         self._steps.clear()
+        self._spans.clear()
+        self._marks.clear()
+
+    @property
+    def spans(self) -> tuple[StageSpan, ...]:
+        """In the order in which they were added."""
+        return tuple(self._spans)
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """In the order in which they were added."""
+        return tuple(self._marks)
 
     def __iter__(self) -> Iterator[StepTrace]:
         return iter(self._steps)
