@@ -92,12 +92,15 @@ def sample(
 def logprob_of(logits: np.ndarray, token: int, top: int) -> TokenLogprob:
     """Natural log of softmax(logits)[token], float64, the token's rank, and the `top` most likely tokens with theirs.
 
+    It chooses no token, so it may use a maths library: last bits differ between machines, not between batches.
     `logits` are float32 [vocab]. Ranks start at 1; ties go to the lower id. Raises SamplingError where a logit is NaN
     or infinite.
     """
     logits = _checked(logits)
-    log_total = math.log(_total(_weight_parts(logits, 1.0)))
     value, best = logits[token], float(logits.max())
+    weights = logits.astype(np.float64)
+    weights -= best
+    log_total = math.log(float(np.exp(weights, out=weights).sum()))
     rank = 1 + int(np.count_nonzero(logits > value)) + int(np.count_nonzero(logits[:token] == value))
     ids = _top_k(logits, top) if top else np.empty(0, np.int64)
     ids = ids[np.argsort(-logits[ids], kind="stable")]
