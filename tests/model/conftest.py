@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from .family_models import save_family, write_family_gguf
 from .tiny_models import save_model, transformers_logits, write_gguf
 
 TOKENS = np.random.default_rng(7).integers(0, 97, 60).tolist()
@@ -40,5 +41,38 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     def get(name: str) -> Tiny:
         folder = save_model(name, tmp_path_factory.mktemp(name))
         return Tiny(folder, transformers_logits(folder, TOKENS))
+
+    return get
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tiny model's folder, and transformers' logits of TOKENS."""
+
+    name: str
+    folder: Path
+    logits: np.ndarray
+
+    def gguf(self) -> Path:
+        path = self.folder / "model.gguf"
+        if not path.exists():
+            from safetensors.numpy import load_file
+
+            config = json.loads((self.folder / "config.json").read_text())
+            write_family_gguf(self.name, config, load_file(self.folder / "model.safetensors"), path)
+        return path
+
+
+Families = Callable[[str], Saved]
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    pytest.importorskip("transformers")
+
+    @cache
+    def get(name: str) -> Saved:
+        folder = tmp_path_factory.mktemp(name)
+        return Saved(name, folder, save_family(name, folder, TOKENS))
 
     return get

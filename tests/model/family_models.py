@@ -101,6 +101,7 @@ FAMILIES: dict[str, FamilyModel] = {
         "Qwen3Moe", LLAMA | EXPERTS | {"head_dim": 22, "moe_intermediate_size": 31, "norm_topk_prob": True}, "qwen3moe"
     ),
     "olmoe": FamilyModel("Olmoe", LLAMA | EXPERTS | {"num_key_value_heads": 6}, "olmoe"),
+    "gemma3-one": FamilyModel("Gemma3", GEMMA | {"num_key_value_heads": 1, "rope_parameters": GEMMA3_ROPE}),
 }
 
 

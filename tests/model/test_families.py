@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +22,14 @@ from headrace.model.families import read_spec
 from headrace.model.rope import RopeSpec
 from headrace.model.spec import ExpertSpec, ModelSpec
 
-from .conftest import TOKENS
-from .family_models import FAMILIES, save_family, write_family_gguf
+from .conftest import TOKENS, Families
+from .family_models import FAMILIES
 from .harness import Model, NativeModel, Part, open_model, perturbed, relative_error, same_bytes
 from .test_gate import PERTURBATIONS
 from .test_spec import HOSTILE
 
 BOUND = 1e-4
 ISAS = [] if native.missing() is not None else native._native.supported_isas
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A tiny model's folder, and transformers' logits of TOKENS."""
-
-    name: str
-    folder: Path
-    logits: np.ndarray
-
-    def gguf(self) -> Path:
-        path = self.folder / "model.gguf"
-        if not path.exists():
-            config = json.loads((self.folder / "config.json").read_text())
-            write_family_gguf(self.name, config, load_file(self.folder / "model.safetensors"), path)
-        return path
-
-
-Families = Callable[[str], Saved]
-
-
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    pytest.importorskip("transformers")
-
-    @cache
-    def get(name: str) -> Saved:
-        folder = tmp_path_factory.mktemp(name)
-        return Saved(name, folder, save_family(name, folder, TOKENS))
-
-    return get
 
 
 def check(model: Model, theirs: np.ndarray) -> None:

@@ -162,7 +162,7 @@ def _cuts(total: int, unit: int, wanted: Sequence[float]) -> tuple[int, ...]:
     empty."""
     units, parts = -(-total // unit), len(wanted)
     cuts = [0]
-    for part, so_far in enumerate(accumulate(wanted), 1):
+    for part, so_far in enumerate(accumulate(wanted[:-1]), 1):
         nearest = round(so_far / sum(wanted) * total / unit)
         cuts.append(min(max(nearest, cuts[-1] + 1), units - (parts - part)))
-    return tuple(min(cut * unit, total) for cut in cuts)
+    return (*(cut * unit for cut in cuts), total)
