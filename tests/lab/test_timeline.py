@@ -206,7 +206,7 @@ def test_slices_nest_and_arrows_are_anchored(times, stages, beside):
         step = start["args"]["step"]
         inside = [name for a, b, name in rows[start["pid"]] if a <= start["ts"] < b]
         assert "sends" in inside or (beside and any(name.startswith(f"step {step}:") for name in inside))
-        behind = next(name for a, _, name in rows[end["pid"]] if a >= end["ts"] - EXACT)
+        behind = next(name for a, _, name in rows[end["pid"]] if a > end["ts"])
         assert behind.startswith(f"step {step}:")
 
 

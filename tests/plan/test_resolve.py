@@ -83,7 +83,13 @@ def test_a_resolved_plan_is_whole_and_keeps_what_was_said(plan, more, cores):
     else:
         layers += more
     spec, costs = model(layers, heads=16), Costs((1.0,) * layers, head=3.0)
-    whole = plan.resolve(spec, costs, range(cores), {"b": range(3), "worker-2": range(2), "10.0.0.7": range(1)})
+    hosts = {"b": range(12), "worker-2": range(20), "10.0.0.7": range(12)}
+    asked = [rank for stage in plan.stages for one in stage.replicas if one.host is None for rank in one.ranks]
+    if any(core >= cores for rank in asked for core in rank.cores or ()):
+        with pytest.raises(ConfigError, match=f"this process may use {cores} cores"):
+            plan.resolve(spec, costs, range(cores), hosts)
+        return
+    whole = plan.resolve(spec, costs, range(cores), hosts)
     whole.check(spec)
     assert [layer for stage in whole.stages for layer in stage.layers] == list(range(layers))
     assert whole.micro_batches is not None and Plan.parse(str(whole)) == whole
@@ -97,7 +103,6 @@ def test_a_resolved_plan_is_whole_and_keeps_what_was_said(plan, more, cores):
                 assert rank.threads is not None and said.threads in (None, rank.threads)
                 assert said.cores in (None, rank.cores)
                 used += rank.cores or () if replica.host is None and said.cores is None else ()
-    asked = [rank for stage in plan.stages for one in stage.replicas if one.host is None for rank in one.ranks]
     if all(rank.threads is None and rank.cores is None for rank in asked):
         assert whole.oversubscribed(cores) == (len(asked) > cores)
     assert len(set(used)) == len(used)

@@ -207,9 +207,10 @@ def _arrows(drawn: Sequence[_Drawn], rows: _Rows) -> Iterator[Event]:
         source = sources.get(span.rank) or sources[min(sources)]
         sender = rows.place(source.span.stage, source.span.replica, source.span.rank)
         arrow = {"cat": "hop", "name": "hidden states", "id": number, "args": {"step": span.step}}
-        # An arrow starts in the slice around its first time, so a tick before that ends; and ends at the next slice.
+        # An arrow starts in the slice around its first time, so before that ends; and ends at the slice that begins
+        # next, so before that begins.
         yield {"ph": "s", "ts": round(rows.at(source.done) - _TICK, 3), **sender, **arrow}
-        end = rows.at(max(target.free, min(span.hidden, span.started)))
+        end = min(rows.at(max(target.free, span.hidden)), round(rows.at(span.started) - _TICK, 3))
         yield {"ph": "f", "ts": end, **rows.place(span.stage, span.replica, span.rank), **arrow}
 
 

@@ -261,8 +261,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         micro-batches and channels chosen; only `kv_pages` may stay None, for memory to decide.
 
         `costs`: of the model's parts, computed from its sizes where None. `cores`: numbers of those that this process
-        may use, and `hosts`: those of other hosts, by name; ranks on a host that is not named stay open. Raises what
-        `check` raises.
+        may use, and `hosts`: those of other hosts, by name; ranks where no cores are known stay open. PlanError as
+        `check` raises it, and where a rank is put on a core that is not there.
         """
         from .resolve import resolve
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from .partition import Costs, cut, mixed_costs
-from .plan import Channel, Plan, Rank, Replica, Stage
+from .plan import Channel, Plan, PlanError, Rank, Replica, Stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +51,7 @@ def _share_cores(plan: Plan, costs: Costs, hosts: Mapping[str | None, Sequence[i
             if replica.host == host
         }
         if here and cores:
+            _check_cores(here, host, set(cores))
             given |= _pin(_give_threads(here, work, len(set(cores))), sorted(set(cores)))
     return replace(
         plan,
@@ -59,6 +60,18 @@ def _share_cores(plan: Plan, costs: Costs, hosts: Mapping[str | None, Sequence[i
             for s, stage in enumerate(plan.stages)
         ),
     )
+
+
+def _check_cores(replicas: Mapping[tuple[int, int], Replica], host: str | None, cores: set[int]) -> None:
+    for (stage, number), replica in replicas.items():
+        for core in (core for rank in replica.ranks for core in rank.cores or ()):
+            if core not in cores:
+                where = "this process" if host is None else f"a process on {host}"
+                raise PlanError(
+                    f"stage {stage} replica {number} is put on core {core}; {where} may use {len(cores)} cores, "
+                    f"{min(cores)} to {max(cores)}: choose among them",
+                    stage=stage,
+                )
 
 
 def _replica_work(plan: Plan, costs: Costs) -> dict[tuple[int, int], float]:
