@@ -39,7 +39,7 @@ MESSAGES = 4  # unread at most, on each edge
 ECHO, KEEP, ANSWER = range(3)
 PATIENCE = 60.0  # seconds for an answer
 _HOPS_BYTES, _MIN_HOPS, _MAX_HOPS = 64 << 20, 10, 200  # sent in one measurement, there and back
-_BURST_BYTES, _MIN_BURST, _MAX_BURST = 128 << 20, 16, 2000
+_BURST_BYTES, _MIN_BURST, _MAX_BURST = 64 << 20, 16, 1000
 
 
 def parse_sizes(text: str) -> list[int]:
