@@ -147,7 +147,7 @@ class PyFunction {
             nb::capsule nobody(bytes, [](void*) noexcept {});
             function_(args..., nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(const_cast<uint8_t*>(bytes), {size}, nobody));
         } catch (nb::python_error& error) {  // which must not be let go of without the interpreter
-            throw std::runtime_error(error.what());
+            throw std::runtime_error(nb::str(error.value()).c_str());
         }
     }
 

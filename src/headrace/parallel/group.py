@@ -37,7 +37,7 @@ _MOST = 1 << 24
 _MAX_RANKS = 1024
 _YIELDING, _NAP = 1e-3, 50e-6  # seconds
 _PATIENCE = 0.2  # seconds between two looks at whether the group was aborted
-MAX_EARLY = 64  # messages that came before they were waited for
+_MAX_EARLY = 64  # messages that came before they were waited for
 
 
 @dataclass(frozen=True)
@@ -185,23 +185,21 @@ class ChannelGroup:
     def __init__(
         self, sizes: GroupSizes, rank: int, senders: Sequence[Sender | None], receivers: Sequence[Receiver | None]
     ) -> None:
-        others = [other for other in range(sizes.ranks) if other != rank]
         if not 0 <= rank < sizes.ranks or len(senders) != sizes.ranks or len(receivers) != sizes.ranks:
             found = f"{len(senders)} senders and {len(receivers)} receivers"
             raise ConfigError(f"a group of {sizes.ranks} ranks with rank {rank}, {found}; give one for each rank")
         self.sizes, self.rank, self.size = sizes, rank, sizes.ranks
-        self._senders = [end for end in (senders[other] for other in others) if end is not None]
-        self._receivers = {other: end for other in others if (end := receivers[other]) is not None}
-        if len(self._senders) != len(others) or len(self._receivers) != len(others):
-            raise ConfigError(f"rank {rank} lacks a channel to or from one of the other {len(others)} ranks")
-        self._early: dict[tuple[int, int], np.ndarray] = {}  # by rank and event: what came before it was waited for
+        to = {other: end for other, end in enumerate(senders) if end is not None and other != rank}
+        of = {other: end for other, end in enumerate(receivers) if end is not None and other != rank}
+        if not len(to) == len(of) == sizes.ranks - 1:
+            raise ConfigError(f"rank {rank} lacks a channel to or from one of the other {sizes.ranks - 1} ranks")
+        self._mesh = _Mesh(to, of)
         self._posted = 0
-        self._aborted = False
         self._native: Any = None
 
     def native(self) -> Any:
         if self._native is None:
-            self._native = native.channel_group(self.rank, astuple(self.sizes), self._send, self._fill)
+            self._native = native.channel_group(self.rank, astuple(self.sizes), self._mesh.send, self._mesh.fill)
         return self._native
 
     def start(self, partial: np.ndarray) -> _ChannelReduction:
@@ -212,46 +210,65 @@ class ChannelGroup:
     def gather(self, own: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
         """As `Group.gather`."""
         _check_columns(self, own, cuts)
-        number = self._post(own)
-        parts = (own if rank == self.rank else self._take(rank, number) for rank in range(self.size))
-        return np.concatenate([part.reshape(len(own), -1) for part in parts], axis=1)
+        parts = self._exchanged(self._post(own), own, [(len(own), past - first) for first, past in pairwise(cuts)])
+        return np.concatenate(parts, axis=1)
 
     def abort(self) -> None:
         """End every wait of this rank. The others notice when its channels are closed."""
-        self._aborted = True
+        self._mesh.aborted = True
         if self._native is not None:
             self._native.abort()
 
     @property
     def aborted(self) -> bool:
-        return self._aborted or (self._native is not None and self._native.aborted)
+        return self._mesh.aborted or (self._native is not None and self._native.aborted)
 
     def _post(self, array: np.ndarray) -> int:
         self._posted += 1
-        self._send(self._posted, array)
+        self._mesh.send(self._posted, array)
         return self._posted
 
-    def _send(self, number: int, array: np.ndarray) -> None:
-        for sender in self._senders:
-            sender.send(number, array)
+    def _exchanged(self, number: int, own: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+        """What each rank posted as an event, in the ranks' order."""
+        taken = (own if rank == self.rank else self._mesh.take(rank, number) for rank in range(self.size))
+        return [array.reshape(shape) for array, shape in zip(taken, shapes, strict=True)]
 
-    def _fill(self, rank: int, number: int, out: np.ndarray) -> None:
-        taken = self._take(rank, number)
-        if taken.nbytes != out.nbytes:
-            raise EngineDeadError(f"event {number} of rank {rank} has {taken.nbytes} bytes, not {out.nbytes}")
-        out[:] = taken.reshape(-1).view(np.uint8)
 
-    def _take(self, rank: int, number: int) -> np.ndarray:
-        """What a rank posted as event `number`."""
+class _Mesh:
+    """One rank's channels. Native code holds it too, so it does not hold the group."""
+
+    def __init__(self, senders: dict[int, Sender], receivers: dict[int, Receiver]) -> None:
+        self._senders, self._receivers = senders, receivers
+        self._early: dict[tuple[int, int], np.ndarray] = {}  # by rank and event: what came before it was waited for
+        self.aborted = False
+
+    def send(self, number: int, array: np.ndarray) -> None:
+        """Send this rank's part of an event to all others."""
+        try:
+            for sender in self._senders.values():
+                sender.send(number, array)
+        except BaseException:
+            self.aborted = True
+            raise
+
+    def take(self, rank: int, number: int) -> np.ndarray:
+        """Another rank's part of an event."""
         while (rank, number) not in self._early:
             if self.aborted:
                 raise EngineDeadError("a group of ranks was aborted while this one waited; start the ranks anew")
             if (message := self._receivers[rank].receive(_PATIENCE)) is not None:
                 event, array = message
-                if len(self._early) >= MAX_EARLY:
-                    raise EngineDeadError(f"rank {rank} sent event {event} while {number} is missing")
+                if len(self._early) >= _MAX_EARLY:
+                    raise EngineDeadError(f"rank {rank} sent event {event} while {number} is missing; start them anew")
                 self._early[rank, event] = array.copy()
         return self._early.pop((rank, number))
+
+    def fill(self, rank: int, number: int, out: np.ndarray) -> None:
+        """The same, as bytes."""
+        taken = self.take(rank, number)
+        if taken.nbytes != out.nbytes:
+            raise EngineDeadError(f"event {number} of rank {rank} has {taken.nbytes} bytes, not {out.nbytes}")
+        out[:] = taken.reshape(-1).view(np.uint8)
 
 
 class _ChannelReduction:
@@ -259,12 +276,7 @@ class _ChannelReduction:
         self._group, self._number, self._own = group, number, own
 
     def wait(self) -> np.ndarray:
-        group = self._group
-        parts = (
-            self._own if rank == group.rank else group._take(rank, self._number).reshape(self._own.shape)
-            for rank in range(group.size)
-        )
-        return _sum(parts)
+        return _sum(self._group._exchanged(self._number, self._own, [self._own.shape] * self._group.size))
 
 
 def _sum(parts: Iterable[np.ndarray]) -> np.ndarray:
