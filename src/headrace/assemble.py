@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
@@ -40,6 +41,8 @@ GiB = 2**30
 AUTO_KV_MEMORY = 2 * GiB
 AUTO_KV_SHARE = 0.25  # of the memory that is free
 LOGIT_ROWS = 128
+
+Pools = Callable[[str], list[PoolShape]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,12 @@ def build_embedder(model: EncoderModel, settings: Settings) -> Embedder:
 
 
 def build_engine(model: Model, settings: Settings, grammars: Grammars | None = None) -> tuple[Engine, Resolved]:
-    """Load the weights and put the engine together. `grammars`: the ones that are compiled at its door."""
+    """Load the weights and put the engine together: in this process, or in those of the plan that the settings name.
+    `grammars`: the ones that are compiled at its door."""
+    if settings.plan is not None:
+        from .assemble_split import build_split_engine
+
+        return build_split_engine(model, settings)
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     resolved = resolve_settings(model, settings, ops)
     spec = model.spec
@@ -127,18 +135,20 @@ def build_engine(model: Model, settings: Settings, grammars: Grammars | None = N
     ahead = resolved.steps_in_flight * resolved.max_batch_tokens
     pools = zip(spec.kv_groups, resolved.pages, strict=True)
     paged = [Pages(pages, resolved.page_size, group.window, ahead) for group, pages in pools]
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_batch_tokens=resolved.max_batch_tokens,
-            max_sequences=resolved.max_sequences,
-            max_logit_rows=resolved.max_logit_rows,
-            max_context=resolved.max_context,
-            policy=resolved.policy,
-            prefix_cache=resolved.prefix_cache,
-        ),
-        Routes.alone(Path(paged, depth=resolved.steps_in_flight)),
-    )
+    routes = Routes.alone(Path(paged, depth=resolved.steps_in_flight))
+    scheduler = Scheduler(scheduler_config(resolved), routes)
     return Engine(scheduler, _executor(decoder, ops, caches, residents, resolved)), resolved
+
+
+def scheduler_config(resolved: Resolved) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_batch_tokens=resolved.max_batch_tokens,
+        max_sequences=resolved.max_sequences,
+        max_logit_rows=resolved.max_logit_rows,
+        max_context=resolved.max_context,
+        policy=resolved.policy,
+        prefix_cache=resolved.prefix_cache,
+    )
 
 
 def _executor(
@@ -158,11 +168,12 @@ def _executor(
     return NativeRunner(program, ops, caches, residents)
 
 
-def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
-    """Replace every "auto". CapacityError where not even one short sequence fits."""
+def resolve_settings(model: Model, settings: Settings, ops: Any, pools: Pools | None = None) -> Resolved:
+    """Replace every "auto". CapacityError where not even one short sequence fits. `pools`: those of a model that is
+    split, for a KV format; else those of its KV groups."""
     spec = model.spec
     kv_dtype = ops.default_kv_dtype if settings.kv_dtype == "auto" else settings.kv_dtype
-    shapes = pool_shapes(spec, ops, kv_dtype, settings.page_size)
+    shapes = pools(kv_dtype) if pools else pool_shapes(spec, ops, kv_dtype, settings.page_size)
     page_bytes = sum(shape.page_bytes for shape in shapes)
     context = settings.max_context or spec.context_length
     if context > spec.context_length:
@@ -187,8 +198,8 @@ def resolve_settings(model: Model, settings: Settings, ops: Any) -> Resolved:
             "raise kv_memory, or lower page_size"
         )
     ahead = settings.steps_in_flight * settings.max_batch_tokens
-    pools = zip(shapes, pages, strict=True)
-    path = Path([Pages(count, settings.page_size, shape.window, ahead) for shape, count in pools])
+    paged = zip(shapes, pages, strict=True)
+    path = Path([Pages(count, settings.page_size, shape.window, ahead) for shape, count in paged])
     fitting = path.capacity + 1
     if context > fitting and settings.max_context is not None:
         raise CapacityError(

@@ -25,6 +25,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     comparison).
     `activations`: how the native set quantises what quantised weights are multiplied with, to int8 with a scale for
     each "group" of 32, or (faster, coarser) for each whole "row".
+    `plan`: how to split the model over processes, in the notation of plan/notation.py, or as the path of a YAML
+    or JSON file; a `Plan` is taken too. `threads` is then the plan's affair.
     """
 
     kernels: str = "auto"
@@ -39,8 +41,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     policy: Policy = "fcfs"
     prefix_cache: bool = True
     steps_in_flight: int = 2
+    plan: str | None = None
 
     def __post_init__(self) -> None:
+        if self.plan is not None and not isinstance(self.plan, str):
+            if not isinstance(self.plan, msgspec.Struct):
+                raise ConfigError(f"plan must be a Plan or text, got {self.plan!r:.80}")
+            msgspec.structs.force_setattr(self, "plan", str(self.plan))
         for name, high in (
             ("threads", 1024),
             ("max_context", 2**31 - 1),
@@ -96,3 +103,4 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     prefix_cache: bool
     steps_in_flight: int
+    plan: str | None = None

@@ -24,9 +24,9 @@ class Engine:
     """Keeps as many steps submitted as the scheduler plans ahead, so that no worker waits for the host. Not
     thread-safe: one loop owns it."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, trace: Trace | None = None) -> None:
         self.scheduler, self.executor = scheduler, executor
-        self.trace = Trace()
+        self.trace = Trace() if trace is None else trace
         self.observer: Callable[[Step, StepTrace], None] | None = None  # hears of every step that was applied
         self._flight: dict[int, _Flight] = {}
 

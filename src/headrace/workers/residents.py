@@ -8,7 +8,7 @@ import numpy as np
 
 from ..grammar.compiled import Grammars, Matcher
 from ..kernels.ops import Batch, KVGroupBatch
-from ..types import LATE, Chunk, Request, Step
+from ..types import LATE, Chunk, Request, Step, Transfer
 
 
 class Resident:
@@ -54,13 +54,19 @@ class Rows:
 
 
 class Residents:
-    """All sequences on a worker. At most `max_sequences` at once, of at most `max_context` tokens, in `pools` pools.
-    `grammars` is for those that keep to one."""
+    """All sequences on a worker. At most `max_sequences` at once, of at most `max_context` tokens, in `pools` pools,
+    which are those of a path from `first_pool` on. `grammars` is for those that keep to one."""
 
     def __init__(
-        self, max_sequences: int, max_context: int, page_size: int, pools: int, grammars: Grammars | None = None
+        self,
+        max_sequences: int,
+        max_context: int,
+        page_size: int,
+        pools: int,
+        grammars: Grammars | None = None,
+        first_pool: int = 0,
     ) -> None:
-        self._page_size, self._grammars = page_size, grammars
+        self._page_size, self._grammars, self._first_pool = page_size, grammars, first_pool
         self._by_handle: dict[int, Resident] = {}
         self._free_slots = list(range(max_sequences - 1, -1, -1))
         self._tables = [np.zeros((max_sequences, -(-max_context // page_size)), np.int32) for _ in range(pools)]
@@ -84,7 +90,8 @@ class Residents:
             self._by_handle[opened.seq] = resident
         for chunk in step.chunks:
             resident = self._by_handle[chunk.seq]
-            for pool, pages in enumerate(chunk.new_pages):
+            own = chunk.new_pages[self._first_pool : self._first_pool + len(self._tables)]
+            for pool, pages in enumerate(own):
                 if pages:
                     first = len(resident.pages[pool])
                     self._tables[pool][resident.slot, first : first + len(pages)] = pages
@@ -94,6 +101,11 @@ class Residents:
         """`update`, then `rows`."""
         self.update(step)
         return self.rows(step)
+
+    def copies(self, step: Step) -> list[Transfer]:
+        """The step's copies of pages of this worker's own pools, counted from 0."""
+        moves = ((move.pool - self._first_pool, move) for move in step.transfers)
+        return [Transfer(pool, m.source, m.target) for pool, m in moves if 0 <= pool < len(self._tables)]
 
     def rows(self, step: Step) -> Rows:
         """The step's chunks as arrays."""

@@ -67,7 +67,7 @@ class Runner:
 
     def launch(self, prepared: Prepared, hidden: np.ndarray | None = None) -> Launched:
         started, (step, rows) = time.monotonic(), prepared
-        for copy in step.transfers:
+        for copy in self._residents.copies(step):
             self._ops.copy_page(self._caches[copy.pool], copy.source, copy.target)
         for index, chunk in enumerate(rows.chunks):
             if chunk.tokens[-1] == LATE:
@@ -127,7 +127,7 @@ class NativeRunner(Single):
         """Queue a step. `hidden` is copied."""
         step, rows = prepared
         self._ops.finish_packing()
-        for copy in step.transfers:
+        for copy in self._residents.copies(step):
             self._ops.copy_page(self._caches[copy.pool], copy.source, copy.target)
         for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
             if chunk.tokens[-1] == LATE and resident.in_python and self._last is not None:

@@ -125,28 +125,33 @@ FromEngine = Ready | EncoderReady | Events | Refused | PageMap | Embedded
 
 def error_of(refused: Refused) -> HeadraceError:
     """The error that a refusal stands for, as the door raises it."""
-    kind = getattr(errors, refused.kind, HeadraceError)
+    return error_of_kind(refused.kind, refused.message)
+
+
+def error_of_kind(name: str, message: str) -> HeadraceError:
+    """An error of another process: of the class of this name, with this text."""
+    kind = getattr(errors, name, HeadraceError)
     error = HeadraceError.__new__(kind if isinstance(kind, type) and issubclass(kind, HeadraceError) else HeadraceError)
-    error.args = (refused.message,)
+    error.args = (message,)
     return error
 
 
-def _encode_array(value: Any) -> Any:
+def encode_array(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.dtype.name, value.shape, np.ascontiguousarray(value).tobytes()
     raise NotImplementedError(f"{type(value).__name__} does not travel between processes")
 
 
-def _decode_array(kind: type, value: Any) -> Any:
+def decode_array(kind: type, value: Any) -> Any:
     dtype, shape, data = value
     if kind is not np.ndarray or dtype not in _DTYPES:
         raise ValueError(f"not an array of a known dtype: {dtype!r:.40}")
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_array)
-to_engine = msgspec.msgpack.Decoder(ToEngine, dec_hook=_decode_array)
-from_engine = msgspec.msgpack.Decoder(FromEngine, dec_hook=_decode_array)
+_encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
+to_engine = msgspec.msgpack.Decoder(ToEngine, dec_hook=decode_array)
+from_engine = msgspec.msgpack.Decoder(FromEngine, dec_hook=decode_array)
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:

@@ -1,0 +1,192 @@
+"""From a model and a plan to a running engine of several processes, and, in each of those, to its part of the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import msgspec
+
+from .assemble import Model, open_model, resolve_settings, scheduler_config
+from .config import Resolved, Settings
+from .engine import Engine
+from .grammar.compiled import Grammars
+from .kernels import choose_ops
+from .kernels.native import Limits
+from .kernels.reference import ReferenceOps
+from .memory.kv import PoolShape, kv_format
+from .model.decoder import Decoder
+from .model.shares import Share, split
+from .model.spec import KVGroup
+from .model.weights import column_blocks, load_weights
+from .parallel.group import GroupSizes, SharedGroup
+from .plan.partition import mixed_costs
+from .plan.plan import Plan
+from .schedule.pages import Pages
+from .schedule.routes import Routes
+from .schedule.scheduler import Scheduler
+from .trace import Trace
+from .workers.control import Place, Start
+from .workers.residents import Residents
+from .workers.runner import NativeRunner, Runner
+from .workers.staged import Layout, StagedExecutor
+
+FEWEST_ROWS = 64  # of a step, however many stages share out a prompt
+
+
+def read_plan(text: str, model: Model) -> Plan:
+    """The plan that a setting names, with nothing left open. Raises ConfigError."""
+    plan, cores = Plan.parse(text, model.spec), sorted(os.sched_getaffinity(0))
+    return plan.resolve(model.spec, mixed_costs(model.spec, model.file), cores)
+
+
+# The coordinator
+
+
+def build_split_engine(model: Model, settings: Settings) -> tuple[Engine, Resolved]:
+    """Start the plan's processes, and wait until all have loaded their parts."""
+    parts = _Parts(model, settings)
+    trace = Trace()
+    executor = StagedExecutor(parts.layout(), trace)
+    executor.wait_ready()
+    engine = Engine(Scheduler(scheduler_config(parts.resolved), parts.routes()), executor, trace)
+    engine.tend()
+    return engine, parts.resolved
+
+
+class _Parts:
+    """What follows from a plan for each of its replicas and ranks."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        assert settings.plan is not None
+        self.model, self.plan = model, read_plan(settings.plan, model)
+        stages = len(self.plan.stages)
+        self.in_flight = settings.steps_in_flight if stages == 1 else (self.plan.micro_batches or stages) + 1
+        rows = settings.max_batch_tokens
+        if stages > 1:  # a long prompt is cut so that its parts fill the stages
+            rows = min(rows, max(FEWEST_ROWS, rows // stages))
+        self.settings = msgspec.structs.replace(settings, max_batch_tokens=rows, steps_in_flight=self.in_flight)
+        self._ops = choose_ops(settings.kernels, 1, settings.activations)
+        resolved = resolve_settings(model, self.settings, self._ops, self._shapes)
+        threads = sum(rank.threads or 1 for stage in self.plan.stages for one in stage.replicas for rank in one.ranks)
+        self.resolved = msgspec.structs.replace(
+            resolved, threads=threads, pages=self._page_counts(resolved), plan=str(self.plan)
+        )
+
+    def _groups(self, stage: int) -> tuple[KVGroup, ...]:
+        return self.model.spec.kv_groups_of(self.plan.stages[stage].layers)
+
+    def _shapes(self, kv_dtype: str) -> list[PoolShape]:
+        """The pools of a path, in its order; bytes of a page in all replicas of its stage."""
+        ops, spec = self._ops, self.model.spec
+        head_dim = -(-spec.head_dim // ops.kv_head_multiple) * ops.kv_head_multiple
+        shapes = []
+        for index, stage in enumerate(self.plan.stages):
+            heads = sum(
+                len(share.kv_heads) if share else spec.kv_heads
+                for replica in stage.replicas
+                for share in self._shares(len(replica.ranks))
+            )
+            per_layer = kv_format(kv_dtype).token_bytes(1, heads, head_dim) * self.settings.page_size
+            shapes += [PoolShape(group.window, len(group.layers) * per_layer) for group in self._groups(index)]
+        return shapes
+
+    def _shares(self, ranks: int) -> tuple[Share | None, ...]:
+        spec = self.model.spec
+        return split(spec, ranks, column_blocks(self.model.file, spec)) if ranks > 1 else (None,)
+
+    def _page_counts(self, resolved: Resolved) -> tuple[int, ...]:
+        """Pages of each pool of a path: what memory allows, or what the plan says."""
+        wanted = [stage.kv_pages for i, stage in enumerate(self.plan.stages) for _ in self._groups(i)]
+        return tuple(own or most for own, most in zip(wanted, resolved.pages, strict=True))
+
+    def _pages_of(self, stage: int) -> tuple[int, tuple[int, ...]]:
+        """The place of a stage's first pool in a path, and the pages of its pools."""
+        first = sum(len(self._groups(i)) for i in range(stage))
+        return first, self.resolved.pages[first : first + len(self._groups(stage))]
+
+    def routes(self) -> Routes:
+        def maker(stage: int) -> Callable[[], list[Pages]]:
+            ahead = self.in_flight * self.resolved.max_batch_tokens
+            pools = list(zip(self._pages_of(stage)[1], self._groups(stage), strict=True))
+            return lambda: [Pages(pages, self.resolved.page_size, group.window, ahead) for pages, group in pools]
+
+        stages = len(self.plan.stages)
+        return Routes(
+            [maker(stage) for stage in range(stages)],
+            routing=self.plan.routing,
+            depth=self.in_flight,
+            parts=1 if stages == 1 else self.in_flight - 1,
+            late=stages == 1,
+        )
+
+    def layout(self) -> Layout:
+        spec, resolved = self.model.spec, self.resolved
+        return Layout(self.plan, self._start, self._group_sizes, resolved.max_batch_tokens, spec.dim)
+
+    def _group_sizes(self, stage: int, ranks: int) -> GroupSizes:
+        resolved, columns, logits = self.resolved, 0, 0
+        if stage == len(self.plan.stages) - 1:
+            columns, logits = max(len(share.vocab) for share in self._shares(ranks) if share), resolved.max_logit_rows
+        return GroupSizes(ranks, resolved.max_batch_tokens, self.model.spec.dim, logits, columns)
+
+    def _start(self, stage: int, replica: int, rank: int) -> Start:
+        own, resolved = self.plan.stages[stage], self.resolved
+        ranks = own.replicas[min(replica, len(own.replicas) - 1)].ranks
+        added = replica >= len(own.replicas)  # later than the plan: it takes no cores of its own
+        first_pool, pages = self._pages_of(stage)
+        settings = msgspec.structs.replace(
+            self.settings, kv_dtype=resolved.kv_dtype, max_sequences=resolved.max_sequences, plan=None
+        )
+        return Start(
+            model=str(self.model.path),
+            settings=settings,
+            place=Place(stage, len(self.plan.stages), replica, rank, len(ranks)),
+            layers=(own.layers.start, own.layers.stop),
+            pages=pages,
+            first_pool=first_pool,
+            max_context=resolved.max_context,
+            max_logit_rows=resolved.max_logit_rows,
+            threads=ranks[rank].threads or 1,
+            cores=() if added else ranks[rank].cores or (),
+            heartbeat=self.plan.heartbeat,
+        )
+
+
+# A rank
+
+
+def build_rank(start: Start, group: int | None) -> Runner | NativeRunner:
+    """Load what a rank holds, in its process. `group` is the descriptor of what the replica's ranks share."""
+    model, settings, place = open_model(start.model), start.settings, start.place
+    spec, layers, ends = model.spec, range(*start.layers), place.stage == place.stages - 1
+    share = split(spec, place.ranks, column_blocks(model.file, spec))[place.rank] if place.ranks > 1 else None
+    shared = None if group is None else SharedGroup(group, place.rank)
+    ops = choose_ops(settings.kernels, start.threads, settings.activations, shared)
+    decoder = Decoder(spec, load_weights(model.file, spec, ops, layers, share), layers, start.max_context, share)
+    kv_heads = len(share.kv_heads) if share else spec.kv_heads
+    caches = [
+        ops.kv_cache(len(one.layers), pages, settings.page_size, kv_heads, spec.head_dim, settings.kv_dtype)
+        for one, pages in zip(decoder.kv_groups, start.pages, strict=True)
+    ]
+    residents = Residents(
+        settings.max_sequences,
+        start.max_context,
+        settings.page_size,
+        len(caches),
+        Grammars(model.tokenizer, spec.vocab_size) if ends else None,
+        start.first_pool,
+    )
+    if isinstance(ops, ReferenceOps):
+        return Runner(decoder, ops, caches, residents)
+    limits = Limits(
+        rows=settings.max_batch_tokens,
+        logits=start.max_logit_rows if ends else 0,
+        chunks=settings.max_sequences,
+        sequences=settings.max_sequences,
+        pages=(-(-start.max_context // settings.page_size),) * len(caches),
+    )
+    hidden = None if layers.start == 0 else spec.dim
+    program = ops.capture(lambda batch: decoder.forward(ops, batch, caches), limits, hidden)
+    ops.finish_packing()
+    return NativeRunner(program, ops, caches, residents, ends)
