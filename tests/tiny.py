@@ -33,9 +33,10 @@ def write_tiny(
     context: int = 512,
     window: int | None = None,
     seed: int = 0,
+    specials: tuple[str, ...] = (),
 ) -> Path:
-    """A llama GGUF of 259 tokens, its matrices stored as `kind`; quantised kinds need sizes that are multiples of
-    32."""
+    """A llama GGUF of 259 tokens and more `specials`, its matrices stored as `kind`; quantised kinds need sizes that
+    are multiples of 32."""
     rng = np.random.default_rng(seed)
     dim = heads * head_dim
     writer = gguf.GGUFWriter(path, "llama")
@@ -48,14 +49,14 @@ def write_tiny(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
-    tokens = [*SPECIALS, *byte_alphabet()]
+    tokens = [*SPECIALS, *byte_alphabet(), *specials]
     writer.add_vocab_size(len(tokens))
     if window is not None:
         writer.add_sliding_window(window)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIALS) + [1] * 256)
+    writer.add_token_types([3] * len(SPECIALS) + [1] * 256 + [3] * len(specials))
     writer.add_token_merges([])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

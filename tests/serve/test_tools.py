@@ -75,6 +75,15 @@ CASES: list[tuple[Dialect, str, str, list[Any]]] = [
     (MISTRAL, f"[TOOL_CALLS][{A}, {B}]", "", CALLS),
     (MISTRAL, f"Well [TOOL_CALLS] [{B}]", "Well", CALLS[1:]),
     (MISTRAL, "[TOOL_CALLS][{", "[TOOL_CALLS][{", []),
+    (MISTRAL, '[TOOL_CALLS]weather[ARGS]{"city": "Köln", "days": 2}', "", CALLS[:1]),
+    (MISTRAL, '[TOOL_CALLS]weather[ARGS]{"city": "Köln", "days": 2}[TOOL_CALLS]clock[ARGS]{}', "", CALLS),
+    (MISTRAL, "So: [TOOL_CALLS]clock[CALL_ID]a1B2c3D4e[ARGS]{}", "So:", CALLS[1:]),
+    (MISTRAL, "[TOOL_CALLS]clock{}", "", CALLS[1:]),
+    (MISTRAL, "[TOOL_CALLS]clock[ARGS]{} and so", None, []),
+    (MISTRAL, "[TOOL_CALLS]clock[ARGS]", None, []),
+    (MISTRAL, "[TOOL_CALLS]rm[ARGS]{}", None, []),
+    (MISTRAL, "[TOOL_CALLS]clock[ARGS][1]", None, []),
+    (HERMES, "<tool_call>clock[ARGS]{}</tool_call>", None, []),
     (MISTRAL, "[TOOL", "[TOOL", []),
 ]
 
@@ -186,6 +195,23 @@ def test_forced_calls_are_valid_and_parsed(llm: LLM, name: str, parallel: bool) 
         for tool, arguments in calls:
             assert tool == "weather" and arguments["city"] in ("Paris", "Köln", "Rome") and 1 <= arguments["days"] <= 9
             assert set(arguments) == {"city", "days"}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_forced_calls_by_name_where_the_marks_are_special_tokens(tmp_path: Path, parallel: bool) -> None:
+    marks = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    with LLM(str(write_tiny(tmp_path / "tiny.gguf", specials=marks))) as llm:
+        box = toolbox(TOOLS, "required", parallel, MISTRAL)
+        assert box is not None and box.special(llm.tokenizer)
+        params = SamplingParams(
+            grammar=box.grammar(llm.tokenizer), max_tokens=440, seed=3, skip_special_tokens=False, n=4
+        )
+        for sample in llm.generate(["a"], params)[0].samples:
+            assert sample.finish_reason == "stop" and sample.token_ids[0] == llm.tokenizer.token_id("[TOOL_CALLS]")
+            assert "[ARGS]" in sample.text
+            content, calls, finish = parsed(MISTRAL, [sample.text], parallel)
+            assert content == "" and finish == "tool_calls" and (parallel or len(calls) == 1)
+            assert all(name == "clock" or set(arguments) == {"city", "days"} for name, arguments in calls)
 
 
 def test_ids_are_as_mistral_wants_them() -> None:

@@ -140,12 +140,17 @@ def lowered(spec: GrammarSpec) -> str:
     return LLMatcher.grammar_from_lark(any_to_lark(spec.text))
 
 
+NAMED = 257
+TOKEN_IDS = re.compile(r"<\[\^?[0-9,\s-]{1,1000}\]>")  # in a grammar
+
+
 class _Bytes:
-    """A vocabulary of single bytes, as llguidance wants one described."""
+    """A vocabulary of single bytes, as llguidance wants one described, and one token for all that a grammar names by
+    their ids: those are the model's."""
 
     eos_token_id, bos_token_id = 256, None
-    tokens = [bytes((byte,)) for byte in range(256)] + [b"<end>"]
-    special_token_ids = [256]
+    tokens = [bytes((byte,)) for byte in range(256)] + [b"<end>", b"<named>"]
+    special_token_ids = [256, NAMED]
     is_tokenizer_wrapper = True
 
     def __call__(self, text: bytes | str) -> list[int]:
@@ -160,7 +165,9 @@ def _checked(spec: GrammarSpec, vocabulary: Any) -> Checked:
         grammar = lowered(spec)
     except Exception as error:
         return Checked(problem=re.sub(r"\s+", " ", str(error))[:MAX_PROBLEM])
-    matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits())
+    tried = TOKEN_IDS.sub(f"<[{NAMED}]>", spec.text) if spec.kind == "grammar" else None
+    tried = grammar if tried in (None, spec.text) else lowered(msgspec.structs.replace(spec, text=tried))
+    matcher = LLMatcher(vocabulary, tried, log_level=0, limits=limits())
     problem = problem_of(matcher)
     for _ in range(WALK):  # what a grammar costs may show only on the way
         problem = problem or _step(matcher)
@@ -168,10 +175,10 @@ def _checked(spec: GrammarSpec, vocabulary: Any) -> Checked:
 
 
 def _step(matcher: Any) -> str | None:
-    """Take the first byte that may follow; what is wrong with that."""
+    """Take the first byte, or named token, that may follow; what is wrong with that."""
     began = time.monotonic()
     mask = matcher.compute_bitmask()
-    follows = next((byte for byte in range(256) if mask[byte // 8] >> byte % 8 & 1), None)
+    follows = next((token for token in (*range(256), NAMED) if mask[token // 8] >> token % 8 & 1), None)
     if follows is not None and not matcher.is_error():
         matcher.consume_token(follows)
     problem = problem_of(matcher)

@@ -23,19 +23,24 @@ from .faults import Fault
 MAX_TOOLS = 128
 MAX_CALLS = 8  # that a grammar lets a model make in one answer
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_NAMED = re.compile(  # Mistral's; the mark of a first call is gone already
+    r"\s*(?:\[TOOL_CALLS\])?\s*([a-zA-Z0-9_.-]{1,64})\s*(?:\[CALL_ID\][a-zA-Z0-9_-]{0,64})?\s*(?:\[ARGS\])?\s*(?={)"
+)
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How a family of models writes calls: JSON objects behind `opens`, up to `closes` (empty: to the answer's end).
     With `bare`, an answer that begins with "{" is calls without a mark. `written` are those of a grammar: around all
-    calls, around each, and between them; MARK stands for `opens`."""
+    calls, around each, and between them; MARK stands for `opens`. Where there is a `named`, a call may also be `opens`,
+    name, `named`, arguments, and is written so for models that have `named` as a token."""
 
     opens: str
     closes: str
     arguments: str  # the arguments' name in the object
     written: tuple[str, str, str, str, str]
     bare: bool = False
+    named: str = ""
     id_length: int = 24
 
 
@@ -43,7 +48,9 @@ DIALECTS = {
     "hermes": Dialect("<tool_call>", "</tool_call>", "arguments", ("", 'MARK "\\n"', '"\\n</tool_call>"', '"\\n"', "")),
     "llama3": Dialect("<|python_tag|>", "", "parameters", ("", "", "", '"; "', ""), bare=True),
     # Mistral's templates refuse ids of any other length.
-    "mistral": Dialect("[TOOL_CALLS]", "", "arguments", ('MARK "["', "", "", '", "', '"]"'), id_length=9),
+    "mistral": Dialect(
+        "[TOOL_CALLS]", "", "arguments", ('MARK "["', "", "", '", "', '"]"'), named="[ARGS]", id_length=9
+    ),
 }
 
 
@@ -83,26 +90,31 @@ class Toolbox:
 
     def grammar(self, tokenizer: Tokenizer) -> GrammarSpec:
         """One call or several, each of a tool that there is and with arguments as it wants them."""
-        mark = f"<[{tokenizer.token_id(self.dialect.opens)}]>" if self.special(tokenizer) else None
-        before, opens, closes, between, after = (
-            part.replace("MARK", mark or msgspec.json.encode(self.dialect.opens).decode())
-            for part in self.dialect.written
-        )
+        mark = _terminal(self.dialect.opens, tokenizer)
+        if self.dialect.named and tokenizer.token_id(self.dialect.named) is not None:
+            return self._named_grammar(mark, _terminal(self.dialect.named, tokenizer))
+        before, opens, closes, between, after = (part.replace("MARK", mark) for part in self.dialect.written)
         more = f"({between} call){{0,{MAX_CALLS - 1}}}" if self.parallel else ""
         schema = msgspec.json.encode(self._schema()).decode()
         return GrammarSpec(
             "grammar", f"start: {before} call {more} {after}\ncall: {opens} body {closes}\nbody: %json {schema}\n"
         )
 
+    def _named_grammar(self, mark: str, named: str) -> GrammarSpec:
+        rules = [f"start: call{{1,{MAX_CALLS if self.parallel else 1}}}"]
+        rules.append("call: " + " | ".join(f"call{index}" for index in range(len(self.tools))))
+        for index, tool in enumerate(self.tools):
+            schema = msgspec.json.encode({"x-guidance": JSON_STYLE, **_wanted(tool)}).decode()
+            rules.append(f'call{index}: {mark} "{tool["function"]["name"]}" {named} body{index}')
+            rules.append(f"body{index}: %json {schema}")
+        return GrammarSpec("grammar", "\n".join(rules) + "\n")
+
     def _schema(self) -> dict[str, Any]:
         arguments = self.dialect.arguments
         definitions, calls = {}, []
         for index, tool in enumerate(self.tools):
             function = tool["function"]
-            wanted = _moved(function.get("parameters") or {"type": "object"}, f"#/$defs/{index}")
-            if "properties" in wanted:
-                wanted = {"additionalProperties": False, **wanted}
-            definitions[str(index)] = wanted
+            definitions[str(index)] = _moved(_wanted(tool), f"#/$defs/{index}")
             calls.append(
                 {
                     "type": "object",
@@ -112,6 +124,18 @@ class Toolbox:
                 }
             )
         return {"x-guidance": JSON_STYLE, "$defs": definitions, "anyOf": calls}
+
+
+def _terminal(text: str, tokenizer: Tokenizer) -> str:
+    """A text in a grammar: as the special token that it is, or else as its characters."""
+    token = tokenizer.token_id(text)
+    return f"<[{token}]>" if token in tokenizer.special_ids else msgspec.json.encode(text).decode()
+
+
+def _wanted(tool: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a tool's arguments, which have no others than it names."""
+    wanted = tool["function"].get("parameters") or {"type": "object"}
+    return {"additionalProperties": False, **wanted} if "properties" in wanted else wanted
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -263,7 +287,7 @@ class ToolParser:
         body = region.removeprefix(self._dialect.opens)
         if self._dialect.closes:
             body = body.removesuffix(self._dialect.closes)
-        found = decode_calls(body, self._names)
+        found = decode_calls(body, self._names, self._dialect)
         if found is None:
             self._content(region, pieces)
             return
@@ -291,13 +315,19 @@ def _overlap(text: str, mark: str) -> int:
     return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)
 
 
-def decode_calls(text: str, names: frozenset[str]) -> list[tuple[str, str]] | None:
-    """(name, arguments as JSON text) of the calls that a text consists of: objects or lists of them, one after another.
-    None where it holds anything else, or a name that is not among `names`."""
+def decode_calls(
+    text: str, names: frozenset[str], dialect: Dialect = DIALECTS["hermes"]
+) -> list[tuple[str, str]] | None:
+    """(name, arguments as JSON text) of the calls that a text consists of: objects or lists of them, one after another,
+    or names and arguments where the dialect has that form. None where it holds anything else, or a name that is not
+    among `names`."""
     decoder, position, calls = json.JSONDecoder(parse_constant=_no_number), 0, []
     try:
         while (position := _skip(text, position)) < len(text):
-            value, position = decoder.raw_decode(text, position)
+            name = _NAMED.match(text, position) if dialect.named else None
+            value, position = decoder.raw_decode(text, name.end() if name else position)
+            if name:
+                value = {"name": name[1], "arguments": value}
             calls += value if isinstance(value, list) else [value]
     except (ValueError, RecursionError):
         return None
