@@ -76,7 +76,7 @@ def test_a_window_counts_only_what_lies_in_it():
     assert bubble(spans, (START + 4.0, START + 5.0)) == {0: 1.0}
     with pytest.raises(ResultsError, match="must end after it begins"):
         bubble(spans, (START, START))
-    assert bubble([]) == {}
+    assert bubble([]) == bubble([StageSpan(0, 1, 0, 0, 0, START, START, START, START)]) == {}
     with pytest.raises(ResultsError, match="at least one step"):
         burst_bubble([])
 
@@ -85,7 +85,7 @@ def test_replicas_and_ranks_share_a_stage_s_time():
     one = StageSpan(0, 1, 0, 0, 0, START, START, START, START + 1.0)
     two = StageSpan(0, 1, 0, 0, 1, START, START, START, START + 0.5)
     assert bubble([one, two]) == {0: pytest.approx(0.25)}
-    assert bubble([one, two], plan=Plan.parse("0-3 x2/2")) == {0: pytest.approx(0.625)}  # a replica that did nothing
+    assert bubble([one, two], plan=Plan.parse("0-3 x3/2")) == {0: pytest.approx(0.75)}  # two replicas did nothing
     assert bubble([one], plan=Plan.parse("0-3 | 4-5")) == {0: 0.0, 1: 1.0}
 
 
@@ -117,7 +117,8 @@ def test_steps_are_slices_of_their_rank():
     assert [(w["pid"], round(w["ts"]), round(w["dur"])) for w in waits] == [(3, 0, 11_000)]
     sends = of(events, "X", name="sends")
     assert [(send["pid"], round(send["dur"])) for send in sends] == [(2, 500)]  # step 0 is sent beside step 1
-    assert trace["metadata"] == {"plan": "0-3 | 4-5"} and trace["displayTimeUnit"] == "ms"
+    idle = {"stage 0": pytest.approx(11 / 31), "stage 1": pytest.approx(11 / 31)}
+    assert trace["metadata"] == {"plan": "0-3 | 4-5", "idle": idle} and trace["displayTimeUnit"] == "ms"
     bare = timeline([], pipe(1, 1), [])["traceEvents"]
     assert of(bare, "X", name="step 0: 16 rows") and not of(bare, "X", name="waits for hidden states")
 

@@ -37,8 +37,8 @@ def timeline(
 
     A process row for the coordinator and each replica (also those of the plan that did nothing), a thread row a rank;
     each step on each rank as a slice, with what it waited for before it, its reductions in it and its sending behind
-    it; arrows from there to the same step on the next stage; marks as instants. ResultsError where a time is not
-    finite.
+    it; arrows from there to the same step on the next stage; marks as instants. `metadata` has the plan and each
+    stage's idle share (see `bubble`). ResultsError where a time is not finite.
     """
     steps, spans, marks = list(steps), sorted(spans, key=lambda span: span.started), list(marks)
     _check_times((*steps, *spans, *marks))
@@ -60,7 +60,9 @@ def timeline(
         events += _of_rank(one, chunks, rows)
     events += _arrows(drawn, rows)
     events += (_instant(mark, rows) for mark in marks)
-    return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": {"plan": "" if plan is None else str(plan)}}
+    idle = {f"stage {stage}": share for stage, share in bubble(spans, plan=plan).items()}
+    about = {"plan": "" if plan is None else str(plan), "idle": idle}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "metadata": about}
 
 
 def write_timeline(
@@ -240,11 +242,11 @@ def bubble(
     Ranks are those of the plan; without one, those that have spans. Reductions count as work. {} where nothing ran.
     """
     spans = list(spans)
-    if not spans:
+    if window is not None and window[1] <= window[0]:
+        raise ResultsError(f"a window must end after it begins; it goes from {window[0]} to {window[1]} s")
+    if not any(span.busy > 0 for span in spans):
         return {}
     start, end = window or (min(span.started for span in spans), max(span.ended for span in spans))
-    if end <= start:
-        raise ResultsError(f"a window must end after it begins; it goes from {start} to {end} s")
     busy: dict[int, float] = defaultdict(float)
     ranks: dict[int, set[tuple[int, int]]] = defaultdict(set)
     for s, r, _, count in _planned(plan):
