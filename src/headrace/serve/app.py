@@ -39,6 +39,7 @@ from .metrics import Metrics
 from .models import Models, Served
 from .options import ServeOptions
 from .replies import Replies, dumps
+from .spans import Spans
 from .stream import EventStream
 
 log = logging.getLogger("headrace.serve")
@@ -72,6 +73,7 @@ class Server:
         self.calls: set[Call] = set()
         self.keys = Keys(options.api_key_file) if options.api_key_file else None
         self.admin_keys = Keys(options.admin_key_file) if options.admin_key_file else None
+        self.spans: Spans | None = None
         self.draining = False
         self._unread = 0  # bytes of bodies that are not whole yet
         self._key_trouble = ""  # told once

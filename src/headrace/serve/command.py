@@ -107,6 +107,10 @@ def serve(
     ] = 60.0,
     log_file: Annotated[str | None, _option(OPERATION, "File for the log; if not given, stderr.", "--log-file")] = None,
     log_level: Annotated[str, _option(OPERATION, "debug, info, warning or error.", "--log-level")] = "info",
+    otel_endpoint: Annotated[
+        str | None,
+        _option(OPERATION, "Collector of OpenTelemetry's spans (OTLP over HTTP): http://host:4318.", "--otel-endpoint"),
+    ] = None,
     max_restarts: Annotated[
         int, _option(OPERATION, "Restarts of an engine within a minute before it is given up.", "--max-restarts")
     ] = 100,
@@ -178,6 +182,7 @@ def serve(
             drain_timeout=drain_timeout,
             log_file=log_file,
             log_level=log_level,
+            otel_endpoint=otel_endpoint,
             max_restarts=max_restarts,
             tool_parser=tool_parser,
             engine={

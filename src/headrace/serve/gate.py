@@ -89,8 +89,11 @@ class Gate:
             self._server.calls.discard(call)
             for action in call.at_end:
                 action()
-            self._server.metrics.answers.labels(call.method, known_path(scope), str(call.status)).inc()
+            route = known_path(scope)
+            self._server.metrics.answers.labels(call.method, route, str(call.status)).inc()
             log.info("request", extra={"facts": call.facts()})
+            if self._server.spans is not None:
+                self._server.spans.note(call, route, scope["headers"])
 
     def _answer(self, call: Call, error: Exception) -> Response:
         if isinstance(error, HTTPException):

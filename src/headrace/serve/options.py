@@ -37,6 +37,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout: float = 60.0  # for which requests may go on after SIGTERM
     log_file: str | None = None
     log_level: str = "info"
+    otel_endpoint: str | None = None  # of a collector of OpenTelemetry's spans
     max_restarts: int = 100
     tool_parser: str = "auto"  # how models write tool calls
     engine: dict[str, Any] = {}
@@ -72,6 +73,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("--tls-cert and --tls-key go together; give both or neither")
         if self.tool_parser not in TOOL_PARSERS:
             raise ConfigError(f"--tool-parser must be {', '.join(TOOL_PARSERS)}, got {self.tool_parser!r:.80}")
+        if self.otel_endpoint is not None and not self.otel_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"--otel-endpoint must be an http or https URL, got {self.otel_endpoint!r:.80}")
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ConfigError(f"--log-level must be debug, info, warning or error, got {self.log_level!r:.80}")
         Settings(**self.settings())

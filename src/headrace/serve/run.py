@@ -30,6 +30,7 @@ from .faults import Fault
 from .logs import JsonHandler, set_up
 from .options import ServeOptions
 from .protocol import LimitedProtocol, look_at_all
+from .spans import spans_for
 
 log = logging.getLogger("headrace.serve")
 
@@ -56,6 +57,7 @@ class Process:
     def __init__(self, options: ServeOptions, handler: JsonHandler) -> None:
         self._options, self._began = options, time.monotonic()
         self._server = Server(options)
+        self._server.spans = spans_for(options.otel_endpoint)
         self._server.metrics.watch_log(handler)
         self._state = ServerState()
         self._stop = asyncio.Event()
@@ -88,6 +90,8 @@ class Process:
             await self._server.models.close()
             for connection in list(self._state.connections):
                 connection.transport.abort()
+            if self._server.spans is not None:
+                await asyncio.to_thread(self._server.spans.close)
 
     def _protocol(self) -> Any:
         config = uvicorn.Config(
