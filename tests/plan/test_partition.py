@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from itertools import combinations
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -111,19 +112,18 @@ def test_refined_cuts_follow_what_was_measured():
         blend(costs, Costs((0.0, 0.0)))
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=4, max_size=12), st.integers(2, 4), st.integers(0, 30))
-def test_refining_ends_near_the_best_cut(truth, stages, head):
+@pytest.mark.parametrize("seed", range(8))
+def test_refining_ends_near_the_best_cut(seed):
     """The true costs are unknown; each stage is measured, and cut again, from a guess that all layers are alike."""
-    real, guess = Costs(tuple(map(float, truth)), head=float(head)), Costs((1.0,) * len(truth))
-    speeds = (1.0,) * stages
+    rng = Random(seed)
+    real = Costs(tuple(rng.uniform(1, 3) for _ in range(30)), head=rng.uniform(5, 20))
+    guess, speeds = Costs((1.0,) * 30), (1.0,) * 3
     cuts = cut(guess, speeds)
-    seen = {cuts: max(real.stages(cuts))}
+    first = slowest = max(real.stages(cuts))
     for _ in range(4):
-        cuts = refine(measured_costs(guess, cuts, real.stages(cuts)), cuts, real.stages(cuts))
-        seen[cuts] = max(real.stages(cuts))
-    assert min(seen.values()) <= max(real.stages(cut(guess, speeds)))
-    assert min(seen.values()) <= 2 * max(real.stages(cut(real, speeds)))
+        cuts = refine(guess, cuts, real.stages(cuts))
+        slowest = min(slowest, max(real.stages(cuts)))
+    assert slowest < first and slowest <= 1.1 * max(real.stages(cut(real, speeds)))
 
 
 # -- costs -------------------------------------------------------------------------------------------------------------

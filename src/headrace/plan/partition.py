@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OPERATIONS_PER_BYTE = 20.0  # that a core with int8 dot products does while it reads a byte from memory
 LAYER_BITS, HEAD_BITS = 4.5, 8.5  # of a weight, where no file says it: Q4_0 layers under a Q8_0 head
-UNITS = 1 << 40  # costs are counted in these, so that equal costs are equal sums
+CLOSE = 1 + 1e-9  # sums in another order differ in their last bits: what is that close is equal
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def cut(costs: Costs, speeds: Sequence[float]) -> tuple[int, ...]:
         raise ConfigError(f"cannot cut {layers} layers into {stages} stages; take 1 to {layers}")
     if not all(math.isfinite(speed) and speed > 0 for speed in speeds):
         raise ConfigError(f"speeds of stages must be finite and more than 0, got {tuple(speeds)!r:.200}")
-    times = _Times(costs, speeds)
-    slowest = _best_suffixes(times, np.maximum, math.inf)[0][0, 0]
-    _, choice = _best_suffixes(times, lambda own, rest: own * own + rest, slowest)
+    work = _work(costs)
+    slowest = _best_suffixes(work, speeds, np.maximum, math.inf)[0][0, 0]
+    _, choice = _best_suffixes(work, speeds, lambda own, rest: own * own + rest, slowest * CLOSE)
     cuts, start = [], 0
     for stage in range(stages - 1):
         start = int(choice[stage, start])
@@ -157,40 +157,32 @@ def cut(costs: Costs, speeds: Sequence[float]) -> tuple[int, ...]:
     return tuple(cuts)
 
 
-class _Times:
-    """times(stage)[i, j]: what a stage of layers i to j - 1 takes, as a share of all stages' work at speed 1; infinite
-    where it has no layer."""
-
-    def __init__(self, costs: Costs, speeds: Sequence[float]) -> None:
-        units = [round(cost / (costs.total or 1.0) * UNITS) for cost in (costs.embedding, *costs.layers, costs.head)]
-        sums = np.cumsum([0, *units[1:-1]])
-        self.layers, self.speeds = len(costs.layers), speeds
-        self._work = np.where(sums[None, :] > sums[:, None], sums[None, :] - sums[:, None], 0)
-        self._work[0, :] += units[0]
-        self._work[:, -1] += units[-1]
-        self._empty = np.tri(self.layers + 1, dtype=bool)
-
-    def __call__(self, stage: int) -> np.ndarray:
-        return np.where(self._empty, np.inf, self._work / (self.speeds[stage] * UNITS))
+def _work(costs: Costs) -> np.ndarray:
+    """work[i, j]: the cost of a stage of layers i to j - 1; infinite where it has no layer."""
+    sums = np.cumsum([0.0, *costs.layers])
+    work = sums[None, :] - sums[:, None]
+    work[0, :] += costs.embedding
+    work[:, -1] += costs.head
+    work[np.tri(len(sums), dtype=bool)] = np.inf
+    return work
 
 
-def _best_suffixes(times: _Times, join, bound: float) -> tuple[np.ndarray, np.ndarray]:
+def _best_suffixes(
+    work: np.ndarray, speeds: Sequence[float], join: Callable[[np.ndarray, np.ndarray], np.ndarray], bound: float
+) -> tuple[np.ndarray, np.ndarray]:
     """best[s, i]: the least that stages s and later can make of layers i and later, where no stage takes more than
     `bound`; choice[s, i]: the least first layer of stage s + 1 with which they do.
 
     `join` tells what a stage's own time and the best of the rest make together.
     """
-    stages, layers = len(times.speeds), times.layers
-    best = np.full((stages + 1, layers + 1), np.inf)
-    choice = np.zeros((stages, layers + 1), np.int64)
-    best[stages, layers] = 0.0
-    for stage in reversed(range(stages)):
-        own = times(stage)
+    best = np.full((len(speeds) + 1, len(work)), np.inf)
+    choice = np.zeros((len(speeds), len(work)), np.int64)
+    best[-1, -1] = 0.0
+    for stage in reversed(range(len(speeds))):
+        own = work / speeds[stage]
         joined = np.where(own <= bound, join(own, best[stage + 1][None, :]), np.inf)
-        least = joined.min(axis=1)
-        # Sums in another order differ in their last bits: what is that close is equal.
-        choice[stage] = (joined <= least[:, None] * (1 + 1e-12)).argmax(axis=1)
-        best[stage] = least
+        best[stage] = joined.min(axis=1)
+        choice[stage] = (joined <= best[stage][:, None] * CLOSE).argmax(axis=1)
     return best, choice
 
 
