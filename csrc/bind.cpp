@@ -339,12 +339,14 @@ class PyProgram {
     void reduce_start(int partial) {
         auto instruction = std::make_unique<ReduceStart>();
         instruction->partial = checked_partial(partial);
+        program_->note_reduction(1);
         program_->add(std::move(instruction));
     }
 
     void reduce_wait(int partial, int residual, int out) {
         auto instruction = std::make_unique<ReduceWait>();
         instruction->partial = checked_partial(partial), instruction->residual = residual, instruction->out = out;
+        program_->note_reduction(-1);
         for (int slot : {residual, out})
             if (slot >= 0) expect(width(slot) == width(partial) && program_->slot(slot).space == RowSpace::all, "reduced value", width(slot), width(partial));
         program_->add(std::move(instruction));

@@ -226,7 +226,9 @@ class Program {
     void post(Step& step, size_t at, size_t size) { last_event_ = group_->post(at, size), step.posted_bytes += int64_t(size); }
     uint64_t last_event() const { return last_event_; }
     void await(Step& step, const Worker& worker, uint64_t event);
-    int buffer(int reduction) const { return (first_buffer_ + reduction) % GroupLayout::buffers; }
+    int buffer(int reduction) const { return (first_buffer_ + reduction) % (2 * most_open_); }
+    // Counts a reduction that starts (1) or is waited for (-1) while the program is recorded.
+    void note_reduction(int change) { open_ += change, most_open_ = std::max(most_open_, open_); }
     uint64_t& event(int reduction) { return events_[size_t(reduction)]; }
     const Slot& slot(SlotId id) const { return slots_[size_t(id)]; }
     int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }
@@ -271,6 +273,7 @@ class Program {
     std::vector<uint64_t> events_;  // of each reduction of the step: its event
     uint64_t last_event_ = 0;
     int first_buffer_ = 0;  // of the step's first reduction
+    int open_ = 0, most_open_ = 1;  // reductions under way at once: group.h says why there are twice as many buffers
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     SlotId hidden_ = -1, output_ = -1;
 

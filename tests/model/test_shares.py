@@ -18,7 +18,7 @@ from headrace.kernels.native import NativeOps, sample_spec
 from headrace.kernels.ops import Group
 from headrace.kernels.reference import ReferenceOps
 from headrace.model.families import read_spec
-from headrace.model.shares import ROWS, Blocks, Share, split
+from headrace.model.shares import ATTENTION_COST, KEYS, ROWS, Blocks, Share, split
 from headrace.model.spec import ExpertSpec, ModelSpec
 from headrace.model.weights import column_blocks, load_weights
 from headrace.text.tokenizer import Tokenizer
@@ -59,16 +59,16 @@ def elements(share: Share, field: str, spec: ModelSpec) -> int:
     """How many weights of a field a rank reads; of experts those that a token chooses."""
     shape = list((spec.layer_shapes | spec.table_shapes)[field])
     shape[-2:] = [len(share.rows(field, spec) or range(shape[-2])), len(share.columns(field, spec) or range(shape[-1]))]
-    return math.prod(shape) if spec.experts is None else math.prod(shape) * spec.experts.chosen // spec.experts.count
+    if len(shape) == 3 and spec.experts:
+        shape[0] = spec.experts.chosen
+    return math.prod(shape)
 
 
 def work(share: Share, spec: ModelSpec) -> int:
+    """Weights that a token reads of a layer, and its attention in the same unit."""
     matrices = [name for name, shape in spec.layer_shapes.items() if len(shape) > 1 and name != "router"]
-    return sum(
-        elements(share, name, spec) if name in ("gates", "ups", "downs") or spec.experts is None
-        else elements(share, name, dataclasses.replace(spec, experts=None))
-        for name in matrices
-    )  # fmt: skip
+    attention = 2 * len(share.heads) * spec.head_dim * KEYS * ATTENTION_COST
+    return attention + sum(elements(share, name, spec) for name in matrices)
 
 
 @settings(max_examples=300, deadline=None)
@@ -125,7 +125,7 @@ def test_smollm2_is_cut_evenly(smollm2: Path) -> None:
     assert blocks == Blocks(32, 32)
     first, second = split(spec, 2, blocks)
     assert (len(first.kv_heads), len(second.kv_heads)) == (2, 1)
-    assert (len(first.ffn), len(second.ffn)) == (672, 864)
+    assert (len(first.ffn), len(second.ffn)) == (608, 928)
     assert abs(work(first, spec) / work(second, spec) - 1) < 0.021
     assert [len(share.ffn) for share in split(spec, 3, blocks)] == [512] * 3
 
@@ -208,8 +208,8 @@ def test_a_ranks_packed_weights_are_its_share(smollm2: Path) -> None:
         matrices = [weights.embedding, *(getattr(layer, name) for layer in weights.layers for name in fields)]
         return sum(matrix.nbytes for matrix in matrices if matrix is not None and not isinstance(matrix, np.ndarray))
 
-    whole = nbytes(None)
-    assert [round(nbytes(share) / whole, 2) for share in shares] == [0.5, 0.5]
+    whole, parts = nbytes(None), [nbytes(share) for share in shares]
+    assert max(parts) < 0.54 * whole and whole <= sum(parts) < 1.02 * whole
 
 
 # ---- models

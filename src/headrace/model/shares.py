@@ -29,6 +29,9 @@ ROWS = {
     "head": "vocab",
 }
 COLUMNS = {"o": "heads", "down": "ffn", "downs": "ffn"}
+# What attention costs beside products, in evening out the ranks: the keys that a row is taken to see, and the time of a
+# multiplication of attention in those of products, as the native kernels take it.
+KEYS, ATTENTION_COST = 256, 3
 TILE = 16  # rows that the native kernels pack together; a cut inside costs room and time
 
 
@@ -142,7 +145,8 @@ def _split_ffn(spec: ModelSpec, heads: Sequence[range], block: int) -> list[rang
         most = total // unit
         raise ConfigError(f"{ranks} ranks for an MLP of {total} columns in blocks of {block}; use at most {most}")
     of_column = spec.dim * (3 if spec.gated or spec.experts else 2) * chosen
-    of_heads = [2 * spec.dim * spec.head_dim * (len(own) + -(-len(own) // group)) for own in heads]
+    of_head = spec.head_dim * (spec.dim + ATTENTION_COST * KEYS)
+    of_heads = [2 * (of_head * len(own) + spec.head_dim * spec.dim * -(-len(own) // group)) for own in heads]
     wanted = _level(of_heads, of_column * total)
     return [range(*pair) for pair in pairwise(_cuts(total, unit, wanted))]
 
