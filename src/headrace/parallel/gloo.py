@@ -28,7 +28,6 @@ from .channel import (
     dtype_code,
     full,
     gone,
-    pack_goodbye,
     pack_header,
     payload_bytes,
     unpack_header,
@@ -62,6 +61,10 @@ class _World:
         dist = self._torch.distributed
         listens = isinstance(where, socket.socket)
         host, port = where.getsockname()[:2] if isinstance(where, socket.socket) else where
+        if host in ("0.0.0.0", "::"):
+            raise ConfigError(
+                f"{edge.name}: a gloo world meets at an address that the other host reaches, not at {host}"
+            )
         ours = host if listens else _address_towards(host, port)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=ours)]
@@ -125,7 +128,8 @@ def _end_wait(work: Any) -> None:
 
 
 class GlooSender:
-    """The sending end. A thread waits for gloo to be done with each message, in order."""
+    """The sending end. A thread waits for gloo to be done with each message, in order: it is when the receiver has it,
+    so that nothing is lost by leaving then."""
 
     def __init__(self, where: socket.socket | tuple[str, int], edge: Edge) -> None:
         self._edge = edge
@@ -159,9 +163,6 @@ class GlooSender:
         pack_header(frame, 0, code, self._index, number, array)
         frame[HEADER_BYTES:size] = payload_bytes(array)
         self._index += 1
-        self._start(frame, size)
-
-    def _start(self, frame: np.ndarray, size: int) -> None:
         try:
             self._underway.put((self._world.send(frame[:size]), frame))
         except RuntimeError:
@@ -184,13 +185,6 @@ class GlooSender:
             return
         self._closed = True
         atexit.unregister(self.close)
-        if not self._gone:
-            goodbye = np.zeros(HEADER_BYTES, np.uint8)
-            pack_goodbye(goodbye, 0, self._index)
-            try:
-                self._start(goodbye, HEADER_BYTES)
-            except ChannelError:
-                pass
         self._underway.put(None)
         self._thread.join(CLOSE_SECONDS)
         while self._thread.is_alive():
