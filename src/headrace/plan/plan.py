@@ -228,22 +228,20 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
     def check(self, spec: ModelSpec) -> None:
         """PlanError where the stages are not the model's layers, or a replica has more ranks than a layer has heads."""
-        ends, layers = self.stages[-1], spec.layers
-        if len(self.stages) > layers:
-            raise PlanError(f"plan has {len(self.stages)} stages, the model has {layers} layers; take fewer stages")
-        if ends.last is not None and ends.last != layers - 1:
-            raise PlanError(
-                f"plan covers layers 0 to {ends.last}, the model has {layers}; end the last stage at {layers - 1}",
-                stage=len(self.stages) - 1,
-            )
-        trailing = next((i for i, stage in enumerate(reversed(self.stages)) if not stage.is_open), len(self.stages))
-        if trailing < len(self.stages):
-            last = self.stages[-1 - trailing].layers.stop - 1
-            if last + trailing > layers - 1:
+        stages, layers = len(self.stages), spec.layers
+        if stages > layers:
+            raise PlanError(f"plan has {stages} stages, the model has {layers} layers; take fewer stages")
+        given = max((index for index, stage in enumerate(self.stages) if not stage.is_open), default=None)
+        if given is not None:
+            end, behind = self.stages[given].layers.stop, stages - 1 - given
+            if behind == 0 and end != layers:
+                wanted = f"end the last stage at {layers - 1}"
+                raise PlanError(f"plan covers layers 0 to {end - 1}, the model has {layers}; {wanted}", stage=given)
+            if end + behind > layers:
                 raise PlanError(
-                    f"plan leaves {layers - 1 - last} of the model's {layers} layers to its last {trailing} stages; "
-                    f"end stage {len(self.stages) - 1 - trailing} at {layers - 1 - trailing} or before",
-                    stage=len(self.stages) - 1 - trailing,
+                    f"plan leaves {max(0, layers - end)} of the model's {layers} layers to its last {behind} stages; "
+                    f"end stage {given} at {layers - 1 - behind} or before",
+                    stage=given,
                 )
         for index, stage in enumerate(self.stages):
             most = max(len(replica.ranks) for replica in stage.replicas)
