@@ -91,6 +91,11 @@ SlotId Program::add_partial(int width) {
     return SlotId(slots_.size()) - 1;
 }
 
+void Program::note_reduction(int change) {
+    open_ += change, most_open_ = std::max(most_open_, open_);
+    if (most_open_ > Group::kOpen) throw std::invalid_argument("more than " + std::to_string(Group::kOpen) + " reductions under way at once");
+}
+
 int Program::add_angles(std::vector<float> inv_freq, float scale) {
     angles_.push_back({std::move(inv_freq), scale, nullptr});
     return int(angles_.size()) - 1;

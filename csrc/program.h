@@ -228,7 +228,7 @@ class Program {
     void await(Step& step, const Worker& worker, uint64_t event);
     int buffer(int reduction) const { return (first_buffer_ + reduction) % (2 * most_open_); }
     // Counts a reduction that starts (1) or is waited for (-1) while the program is recorded.
-    void note_reduction(int change) { open_ += change, most_open_ = std::max(most_open_, open_); }
+    void note_reduction(int change);
     uint64_t& event(int reduction) { return events_[size_t(reduction)]; }
     const Slot& slot(SlotId id) const { return slots_[size_t(id)]; }
     int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }

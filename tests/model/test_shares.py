@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.errors import ConfigError, EngineDeadError, UnsupportedModelError
 from headrace.formats.gguf import open_gguf
+from headrace.formats.tensor import TENSOR_TYPES, Tensor
 from headrace.kernels import native
 from headrace.kernels.native import NativeOps, sample_spec
 from headrace.kernels.ops import Group
@@ -21,6 +22,7 @@ from headrace.model.families import read_spec
 from headrace.model.shares import ATTENTION_COST, KEYS, ROWS, Blocks, Share, split
 from headrace.model.spec import ExpertSpec, ModelSpec
 from headrace.model.weights import column_blocks, load_weights
+from headrace.quant.module import MadeTensor
 from headrace.text.tokenizer import Tokenizer
 from headrace.types import SamplingParams
 
@@ -185,6 +187,17 @@ def check_cut(field: str, spec: ModelSpec, shares: tuple[Share, ...], whole, par
         assert same_bytes(np.ascontiguousarray(expected), np.ascontiguousarray(part)), field
 
 
+def test_a_part_of_weights_that_are_made() -> None:
+    """Checkpoints of quantisers make their rows when asked: a part of them is the whole's."""
+    rows = np.random.default_rng(0).integers(0, 255, (9, 3 * 18), np.uint8)
+    made = MadeTensor("w", (9, 96), TENSOR_TYPES["Q4_0"], Path("f"), lambda first, last: rows[first:last])
+    stored = Tensor("w", (9, 96), TENSOR_TYPES["Q4_0"], rows.reshape(-1), Path("f"))
+    for tensor in (made, stored):
+        part = tensor.part(range(2, 7), range(32, 96))
+        assert part.shape == (5, 64) and same_bytes(part.data, rows[2:7, 18:].reshape(-1))
+        assert same_bytes(tensor.part(range(3, 5), range(96)).data, rows[3:5].reshape(-1))
+
+
 def test_quantised_weights_are_cut_at_blocks(smollm2: Path) -> None:
     source = open_gguf(smollm2)
     spec, ops = read_spec(source), ReferenceOps()
@@ -323,6 +336,24 @@ def test_other_work_hides_a_reduction(family: Families) -> None:
     assert kinds[first : first + 7] == hidden
     for before in range(len(kinds)):
         assert kinds[:before].count("reduce_start") - kinds[:before].count("reduce_wait") <= 2
+
+
+@needs_native
+@pytest.mark.parametrize("name, ahead", [("qwen2", 0), ("qwen2", 1), ("falcon", 0), ("falcon", 1)])
+def test_a_rank_may_be_ahead(family: Families, name: str, ahead: int) -> None:
+    """Steps without logits are queued on one rank before the other has any: it goes on as far as sums let it."""
+    model = Ranks(open_model(family(name).folder), 2, make_ops("native"))
+    with aborting(model.groups):
+        whole = model.logits(TOKENS)
+        batches = [make_batch([Part(TOKENS[at : at + 3], at)]) for at in range(0, 57, 3)]
+        for batch in batches:
+            batch.logit_rows = batch.logit_rows[:0]
+        none = np.zeros(0, native.SAMPLE)
+        for rank in (ahead, 1 - ahead):
+            for batch in batches:
+                arrays = (batch.tokens, batch.positions, batch.chunk_rows, batch.logit_rows, batch.groups, none)
+                model.programs[rank].submit(*arrays)
+        assert same_bytes(model.run(Part(TOKENS[57:], 57)), whole[57:])
 
 
 @needs_native

@@ -692,18 +692,24 @@ def _build(ops: NativeOps, batch: Batch, records: list[Record], output: Value | 
         ops._pool, ops.isa, limits.rows, limits.logits, limits.chunks, limits.sequences, list(limits.pages)
     )
     group = ops.group.native() if ops.group else None
-    if group is not None:
-        try:
+    try:
+        if group is not None:
             program.join(group)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-    builder = _Builder(program, items, output, ops.per_row)
+        _write(program, batch, items, output, ops.per_row)
+    except ValueError as error:
+        if group is None:
+            raise
+        raise ConfigError(f"the program does not fit its group of ranks: {error}") from None
+    return NativeProgram(program, 1 if output is None else output.width, tuple(map(_instruction, items)), group)
+
+
+def _write(program: Any, batch: Batch, items: list[Item], output: Value | None, per_row: bool) -> None:
+    builder = _Builder(program, items, output, per_row)
     hidden = -1 if batch.hidden is None else builder.slot_for(batch.hidden)
     for index, item in enumerate(items):
         builder.emit(index, item)
     ends_in_head = bool(items) and items[-1].kind == "head"
     program.finish(hidden, -1 if ends_in_head or output is None else builder.slots[output])
-    return NativeProgram(program, 1 if output is None else output.width, tuple(map(_instruction, items)), group)
 
 
 def _instruction(item: Item) -> Instruction:
