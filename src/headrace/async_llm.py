@@ -44,7 +44,7 @@ from .workers.wire import (
 State = Literal["new", "loading", "ready", "restarting", "dead", "closed"]
 
 LOOK_SECONDS = 0.1  # between looks at the engine's process
-STOPPED_SECONDS = 0.4  # a stopped process with work is given this long to be continued, one without work ten times that
+STOPPED_SECONDS = 0.3  # a stopped process with work is given this long to be continued, one without work ten times that
 FROZEN_SECONDS = 0.5  # between two looks: this process stood still itself, so nothing is known of the other
 IDLE_SECONDS = 3.0  # a process with work that says nothing and uses no CPU
 SILENT_SECONDS = 120.0  # a process with work that says nothing, however busy

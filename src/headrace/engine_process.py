@@ -141,6 +141,8 @@ class Desk:
                 self._waiting.pop(message.request_id, None)
             _emit(engine, self._door, engine.finish(message.request_id, message.sample_index, message.reason), [])
         elif isinstance(message, Inspect):
+            if not engine.busy:
+                engine.scheduler.check()  # nothing runs, so no page is held; an engine that lost one is replaced
             self._door.send(PageMap([pool.map() for pool in engine.scheduler.routes.pools]))
         elif isinstance(message, Add):
             request = message.requests[0]

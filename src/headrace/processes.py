@@ -42,7 +42,6 @@ def threads() -> set[int]:
 
 def settle() -> None:
     """What is here now stays: tell the garbage collector, whose looks at all of it would hold up answers."""
-    gc.collect()
     gc.freeze()
 
 

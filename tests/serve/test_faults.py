@@ -28,6 +28,13 @@ def text(path: str, body: str | bytes) -> tuple[str, bytes]:
     return path, body if isinstance(body, bytes) else body.encode()
 
 
+def deep_tool(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
 # (what, request, status, words of the message)
 BAD: list[tuple[str, tuple[str, bytes], int, str]] = [
     # JSON
@@ -113,11 +120,14 @@ BAD: list[tuple[str, tuple[str, bytes], int, str]] = [
     ("stop_token_ids negative", completion(stop_token_ids=[-1]), 400, "token id"),
     ("logit_bias too large", completion(logit_bias={"5": 101}), 400, "logit_bias"),
     ("logit_bias of words", completion(logit_bias={"five": 1}), 400, "logit_bias"),
+    ("logit_bias of other scripts' digits", completion(logit_bias={"٣": 1}), 400, "logit_bias"),
+    ("logit_bias of digits in groups", completion(logit_bias={"1_0": 1}), 400, "logit_bias"),
     ("logit_bias outside", completion(logit_bias={"100000": 1}), 400, "logit_bias"),
     ("logit_bias of 5,000", completion(logit_bias={str(i): 1 for i in range(5000)}), 400, "logit_bias"),
     ("a long cache_salt", completion(cache_salt="x" * 2000), 400, "salt"),
     ("all tokens banned", completion(logit_bias={str(i): -100 for i in range(259)}), 200, ""),
     ("stream_options without stream", completion(stream_options={}), 400, "stream"),
+    ("a tool's schema that nests too deeply", chat(tools=[deep_tool(300)], tool_choice="required"), 400, "deep"),
     # Elsewhere
     ("an unknown model", completion(model="gpt-4"), 404, "gpt-4"),
     ("a path as a model", completion(model="../../etc/passwd"), 404, "passwd"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_LOGPROB_ENTRIES = 1 << 20  # of a request: they are kept until it ends, at some 100 bytes each
 CHARACTERS_PER_TOKEN = 256  # more than any vocabulary needs: a longer text cannot fit, and is not encoded to find out
 LONG_TEXT = 8192  # characters above which encoding leaves the event loop
+_TOKEN_ID = re.compile("-?[0-9]{1,20}")
 
 
 # A text, token ids, or a list of either. msgspec checks the leaves, `_prompts` that they are not mixed.
@@ -267,10 +269,9 @@ def _params(body: Body, **own: Any) -> SamplingParams:
     if body.stop:
         given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.logit_bias:
-        try:
-            given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-        except ValueError:
-            raise Fault(400, "logit_bias must map token ids to numbers", param="logit_bias") from None
+        if not all(_TOKEN_ID.fullmatch(token) for token in body.logit_bias):
+            raise Fault(400, "logit_bias must map token ids to numbers", param="logit_bias")
+        given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
     return SamplingParams(**{**given, "grammar": grammar_of(body), **own})
 
 

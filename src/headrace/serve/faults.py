@@ -52,6 +52,8 @@ def fault_of(error: BaseException) -> Fault:
         return Fault(400, str(error), code="invalid_value")
     if isinstance(error, EngineDeadError):
         return Fault(503, "the model's engine is not running; try again later", code="engine_dead")
+    if isinstance(error, RecursionError):
+        return Fault(400, "the request nests too deeply", code="invalid_json")
     if isinstance(error, HeadraceError):
         return Fault(500, "the model cannot do this now", code=type(error).__name__)
     return Fault(500, "internal error; the server's log has it under this request's id", code="internal_error")
