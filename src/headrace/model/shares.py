@@ -31,7 +31,7 @@ ROWS = {
 COLUMNS = {"o": "heads", "down": "ffn", "downs": "ffn"}
 # What attention costs beside products, in evening out the ranks: the keys that a row is taken to see, and the time of a
 # multiplication of attention in those of products, as the native kernels take it.
-KEYS, ATTENTION_COST = 256, 3
+KEYS, ATTENTION_COST = 256, 4
 TILE = 16  # rows that the native kernels pack together; a cut inside costs room and time
 
 
