@@ -38,6 +38,7 @@ CONNECT_SECONDS = 60.0  # in which both ends must come
 _EVER = timedelta(days=300)
 _AT_ONCE = timedelta(milliseconds=1)
 _SENDER, _RECEIVER = 0, 1  # ranks
+_FRAMES, _NEVER = 0, 1  # tags
 _LONGEST_POLL = 1e6  # seconds: poll(2) counts milliseconds in 31 bits
 _MANY = 1 << 32  # tokens: more than anyone takes
 
@@ -95,14 +96,25 @@ class _World:
     def send(self, frame: np.ndarray) -> Any:
         """Start to send bytes, uint8 [n]; they must stay until the work that this returns is waited for. RuntimeError
         where the other member is gone, now or from its wait."""
-        return self._group.send([self._torch.from_numpy(frame)], self._peer, 0)
+        return self._group.send([self._torch.from_numpy(frame)], self._peer, _FRAMES)
 
     def receive(self, buffer: np.ndarray) -> Any:
         """Start to receive a message of at most the buffer's bytes; as `send`."""
-        return self._group.recv([self._torch.from_numpy(buffer)], self._peer, 0)
+        return self._group.recv([self._torch.from_numpy(buffer)], self._peer, _FRAMES)
 
-    def leave(self) -> None:
-        """Drop the group, when no thread is in it any more."""
+    def leave(self, thread: threading.Thread, seconds: float) -> None:
+        """Drop the group once `thread` has ended, whose wait in it is broken after some seconds.
+
+        gloo closes all of a world's connections, which ends every wait, when one wait runs out of time: here one for a
+        message that never comes. (Two threads must not wait for the same work: one would take the other's completion.)
+        """
+        thread.join(seconds)
+        if thread.is_alive():
+            try:
+                self._group.recv([self._torch.empty(1, dtype=self._torch.uint8)], self._peer, _NEVER).wait(_AT_ONCE)
+            except RuntimeError:
+                pass
+            thread.join()
         del self._group, self._store
 
 
@@ -118,15 +130,6 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _end_wait(work: Any) -> None:
-    """Break the world that `work` waits in, and so the wait of another thread: gloo closes all of a world's connections
-    when a wait in it runs out of time."""
-    try:
-        work.wait(_AT_ONCE)
-    except RuntimeError:
-        pass
-
-
 class GlooSender:
     """The sending end. A thread waits for gloo to be done with each message, in order: it is when the receiver has it,
     so that nothing is lost by leaving then."""
@@ -139,7 +142,6 @@ class GlooSender:
         for _ in range(edge.messages):
             self._free.put(np.empty(HEADER_BYTES, np.uint8))
         self._underway: queue.SimpleQueue[tuple[Any, np.ndarray] | None] = queue.SimpleQueue()
-        self._waited_for: Any = None  # the work that the thread waits for
         self._gone = self._closed = False
         self._thread = threading.Thread(target=self._wait, name="gloo sender", daemon=True)
         self._thread.start()
@@ -172,12 +174,11 @@ class GlooSender:
     def _wait(self) -> None:
         """The thread."""
         while (item := self._underway.get()) is not None:
-            self._waited_for, frame = item
+            work, frame = item
             try:
-                self._waited_for.wait(_EVER)
+                work.wait(_EVER)
             except RuntimeError:
                 self._gone = True
-            self._waited_for = None
             self._free.put(frame)
 
     def close(self) -> None:
@@ -186,12 +187,7 @@ class GlooSender:
         self._closed = True
         atexit.unregister(self.close)
         self._underway.put(None)
-        self._thread.join(CLOSE_SECONDS)
-        while self._thread.is_alive():
-            if (work := self._waited_for) is not None:
-                _end_wait(work)
-            self._thread.join(0.01)
-        self._world.leave()
+        self._world.leave(self._thread, CLOSE_SECONDS)
 
 
 class GlooReceiver:
@@ -210,7 +206,6 @@ class GlooReceiver:
             self._free.put(np.empty(HEADER_BYTES + edge.max_bytes, np.uint8))
         self._come: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()  # None: no more will come
         self._held: np.ndarray | None = None  # what the caller looks at
-        self._waited_for: Any = None
         self._closed = False
         self._trouble: str | None = None
         self._thread = threading.Thread(target=self._wait, name="gloo receiver", daemon=True)
@@ -221,13 +216,11 @@ class GlooReceiver:
         """The thread."""
         while (buffer := self._free.get()) is not None:
             try:
-                self._waited_for = self._world.receive(buffer)
-                self._waited_for.wait(_EVER)
+                self._world.receive(buffer).wait(_EVER)
             except RuntimeError:
                 self._come.put(None)
                 os.eventfd_write(self._ready, _MANY)
                 break
-            self._waited_for = None
             self._come.put(buffer)
             os.eventfd_write(self._ready, 1)
 
@@ -271,9 +264,5 @@ class GlooReceiver:
         self._closed = True
         atexit.unregister(self.close)
         self._free.put(None)
-        while self._thread.is_alive():
-            if (work := self._waited_for) is not None:
-                _end_wait(work)
-            self._thread.join(0.01)
+        self._world.leave(self._thread, 0)
         os.close(self._ready)
-        self._world.leave()

@@ -34,6 +34,7 @@ _LINE = 64  # bytes of a cache line
 _FLAGS_BYTES = mmap.PAGESIZE
 _RECEIVER_CLOSED, _ABANDONED = 0, _LINE  # offsets of flags: a byte each, set once
 _LONGEST_POLL = 1e6  # seconds: poll(2) counts milliseconds in 31 bits
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SHRINK") else 0
 _MANY = 1 << 32  # tokens: more than anyone takes, so that nobody waits again
 
 
@@ -79,7 +80,8 @@ class ShmEdge:
         return cls(ShmFds(*opened))
 
     def abandon(self) -> None:
-        """Make both ends raise, also one that waits: for when a process at an end died, or is to let go."""
+        """Make both ends raise, also one that waits: for when a process at an end died, or is to let go. What is unread
+        is lost."""
         with mmap.mmap(self.fds.memory, _FLAGS_BYTES) as flags:
             flags[_ABANDONED] = 1
         os.eventfd_write(self.fds.ready, _MANY)
@@ -88,9 +90,6 @@ class ShmEdge:
     def close(self) -> None:
         """Close these descriptors. Ends that are open stay so."""
         self.fds.close()
-
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SHRINK") else 0
 
 
 def _slot_bytes(edge: Edge) -> int:
