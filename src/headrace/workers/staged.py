@@ -67,13 +67,14 @@ class StagedExecutor:
         self._layout, self._plan, self._trace = layout, layout.plan, trace
         self._selector = selectors.DefaultSelector()
         self._crews: dict[Replica, Crew] = {}
+        self._known: dict[Replica, Crew] = {}  # as the engine knows them: it has not heard yet of the last changes
         self._starts: dict[Replica, tuple[float, int]] = {}  # when to start again, and starts that failed before
         self._edges: dict[int, _Edge] = {}
         self._between: dict[tuple[Crew, Crew], int] = {}
         self._numbers = itertools.count()
         self._steps: dict[int, list[Crew]] = {}
         self._holders: dict[int, list[Crew]] = {}  # of each sequence's residence
-        self._outcomes: deque[Outcome] = deque()
+        self._outcomes: deque[tuple[Outcome, Crew | None]] = deque()  # a crew with each change
         self._next_step = 0
         self._looked = time.monotonic()
         self._secret = secrets.token_bytes(32)
@@ -103,10 +104,12 @@ class StagedExecutor:
         for handle in step.finished:
             for crew in self._holders.pop(handle, ()):
                 crew.drops.append(handle)
-        crews = [self._crews[at] for at in enumerate(step.path)]
+        crews = [self._known[at] for at in enumerate(step.path)]
+        self._steps[step.number] = crews
+        if any(crew.state == "gone" for crew in crews):
+            return  # the engine is about to hear of it, and revokes the step
         for opened in step.opened:
             self._holders[opened.seq] = crews
-        self._steps[step.number] = crews
         for stage, crew in enumerate(crews):
             drops, crew.drops = tuple(crew.drops), []
             own = Step(step.number, step.chunks, step.opened, step.transfers, drops)
@@ -121,7 +124,15 @@ class StagedExecutor:
             self._turn(max(0.0, min(left, LOOK_SECONDS)))
             if left <= 0:
                 break
-        return self._outcomes.popleft() if self._outcomes else None
+        if not self._outcomes:
+            return None
+        outcome, crew = self._outcomes.popleft()
+        if crew is not None and isinstance(outcome, Change):
+            if outcome.kind == "joined":
+                self._known[outcome.replica] = crew
+            elif outcome.kind == "lost":
+                self._known.pop(outcome.replica)
+        return outcome
 
     def forget(self, numbers: list[int]) -> None:
         skips: dict[Crew, list[int]] = {}
@@ -131,18 +142,20 @@ class StagedExecutor:
                     skips.setdefault(crew, []).append(number)
         for crew, skipped in skips.items():
             crew.say(control.Skip(tuple(skipped)))
+        forgotten = set(numbers)
+        kept = (both for both in self._outcomes if getattr(both[0], "number", None) not in forgotten)
+        self._outcomes = deque(kept)
         if numbers:
             self._mark("revoked", None, f"{len(numbers)} steps in flight")
 
     def stop(self, replica: Replica) -> None:
-        crew = self._crews.pop(replica)
-        self._replicas[replica[0]].pop(replica[1], None)
+        crew = self._known.pop(replica)
         self._mark("left", crew.key, "has done what it had")
-        crew.say(control.Stop())
-        self._cut(crew)
+        self._abandon(replica)
 
     def reset(self) -> None:
         self._steps.clear()
+        self._outcomes = deque(both for both in self._outcomes if isinstance(both[0], Change))
         self._holders.clear()
         for crew in list(self._crews.values()):
             crew.drops.clear()
@@ -180,7 +193,7 @@ class StagedExecutor:
             if crew is None or not crew.joined:
                 self._abandon((stage, number))
             else:
-                self._outcomes.append(Change("leaving", (stage, number)))
+                self._outcomes.append((Change("leaving", (stage, number)), crew))
         while len(there) < replicas:
             number = max(there, default=-1) + 1
             there[number] = self._plan.stages[stage].replicas[0]
@@ -236,7 +249,7 @@ class StagedExecutor:
     def _take(self, crew: Crew, rank: Rank, message: FromRank) -> None:
         if isinstance(message, Answer):
             if self._steps.pop(message.result.number, None) is not None:
-                self._outcomes.append(message.result)
+                self._outcomes.append((message.result, None))
         elif isinstance(message, Beat):
             rank.beating = True
         elif isinstance(message, Spans):
@@ -244,7 +257,7 @@ class StagedExecutor:
                 self._trace.add(span)
         elif isinstance(message, Broke):
             if self._steps.pop(message.number, None) is not None:
-                self._outcomes.append(Broken(message.number, message.error))
+                self._outcomes.append((Broken(message.number, message.error), None))
         elif isinstance(message, control.Ready):
             rank.ready = True
             if all(one.ready for one in crew.ranks):
@@ -285,7 +298,7 @@ class StagedExecutor:
         self._cut(crew)
         self.restarts += 1
         if crew.joined:
-            self._outcomes.append(Change("lost", crew.key))
+            self._outcomes.append((Change("lost", crew.key), crew))
         failed = 0 if crew.joined else crew.failed + 1
         if failed >= MAX_STARTS:
             stage, number = crew.key
@@ -293,7 +306,7 @@ class StagedExecutor:
         self._starts[crew.key] = (time.monotonic() + PAUSES[failed], failed)
 
     def _abandon(self, replica: Replica) -> None:
-        """End a replica that has not joined."""
+        """End a replica for good."""
         self._replicas[replica[0]].pop(replica[1], None)
         self._starts.pop(replica, None)
         if (crew := self._crews.pop(replica, None)) is not None:
@@ -390,7 +403,7 @@ class StagedExecutor:
         if crew.state == "connecting" and not crew.opening:
             crew.state, crew.joined = "ready", True
             self._mark("joined", crew.key, f"{time.monotonic() - crew.began:.2f} s after its start")
-            self._outcomes.append(Change("joined", crew.key))
+            self._outcomes.append((Change("joined", crew.key), crew))
 
     def _mark(self, kind: MarkKind, replica: Replica | None, text: str) -> None:
         stage, number = replica or (None, None)
