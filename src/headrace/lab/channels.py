@@ -267,16 +267,20 @@ def print_channels(report: dict[str, Any]) -> None:
         cells = []
         for name in names:
             own = [run for run in runs if (run["transport"], run["bytes"]) == (name, size)]
-            microseconds = median(run["latency_s"] for run in own) * 1e6
-            cells.append(f"{microseconds:,.{int(microseconds < 100)}f}")
-            cells.append(f"{median(run['gb_per_s'] for run in own):.2f}")
+            cells.append(_figure(median(run["latency_s"] for run in own) * 1e6))
+            cells.append(_figure(median(run["gb_per_s"] for run in own)))
             if name != "copy":
-                cells.append(f"{median(run['burst_gb_per_s'] for run in own):.2f}")
+                cells.append(_figure(median(run["burst_gb_per_s"] for run in own)))
         table.add_row(_short(size), *cells)
     console = Console(highlight=False)
     console.print(table)
     for name, reason in config["missing"].items():
         console.print(f"{name}: {reason}")
+
+
+def _figure(value: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
 
 
 def _short(size: int) -> str:
