@@ -66,6 +66,12 @@ Activations = Annotated[
     str, typer.Option(help="int8 scales of activations: one a group, or (faster, coarser) one a row.")
 ]
 KVDtype = Annotated[str, typer.Option(help="Keys and values as float32, float16, bfloat16 or int8.")]
+Plan = Annotated[
+    str | None,
+    typer.Option(
+        help="Split the model over processes: a plan, as in '0-14 x2 | 15-29', or its file.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -103,6 +109,7 @@ def run(
     threads: Threads = None,
     activations: Activations = "group",
     kv_dtype: KVDtype = "auto",
+    plan: Plan = None,
 ) -> None:
     """Answer one prompt, as it is generated."""
     from .chat_cli import printable
@@ -117,7 +124,7 @@ def run(
         *([{"role": "system", "content": system}] if system is not None else []),
         {"role": "user", "content": text},
     ]
-    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype) as llm:
+    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype, plan=plan) as llm:
         if as_json:
             print(
                 json.dumps(
@@ -244,6 +251,10 @@ def bench(
     threads: Threads = None,
     activations: Activations = "group",
     kv_dtype: KVDtype = "auto",
+    plan: Annotated[
+        list[str] | None,
+        typer.Option(help="Also by this plan (see run), in turn with one process.", show_default=False),
+    ] = None,
     against: Annotated[
         str, typer.Option(help="Other engines, run in turn with ours: llama.cpp,openvino,transformers,vllm.")
     ] = "",
@@ -263,7 +274,8 @@ def bench(
 ) -> None:
     """Measure tokens per second, beside what the machine's memory and arithmetic allow at that moment.
 
-    ppN: N prompt tokens to the first output token. tgN[@D]: N tokens generated alone after a prompt of 8 (or D) tokens.
+    ppN[xB]: N prompt tokens (of each of B prompts) to the first output token. tgN[@D]: N tokens generated alone after a
+    prompt of 8 (or D) tokens.
     bB: B sequences of 64 prompt tokens together, 64 tokens generated each. Prefill is left out of tg and b.
     """
     if ctx.invoked_subcommand is not None:
@@ -276,6 +288,10 @@ def bench(
     from .lab.bench import measure, parse_tests, print_report, write_report
 
     parsed = parse_tests(tests)
+    if plan:
+        arithmetic = {"kernels": kernels, "threads": threads, "activations": activations, "kv_dtype": kv_dtype}
+        _bench_plans(model, plan, parsed, reps, json_file, arithmetic)
+        return
     names = [name.strip() for name in against.split(",") if name.strip()]
     models = peer_models(names, peer_model or [], open_model(model).path)
     with started(names, peers_folder(peers), models, thread_count(threads)) as others, _progress("runs") as advance:
@@ -293,6 +309,18 @@ def bench(
     print_report(report)
     if json_file is not None:
         write_report(report, json_file)
+
+
+def _bench_plans(
+    model: str, plans: list[str], tests: list[Any], reps: int, json_file: Path | None, settings: dict[str, Any]
+) -> None:
+    from .lab.plans import measure_plans, print_plans, write_plans
+
+    with _progress("runs") as advance:
+        report = measure_plans(model, plans, tests, reps, advance, **settings)
+    print_plans(report)
+    if json_file is not None:
+        write_plans(report, json_file)
 
 
 def _bench_channels(sizes: str, reps: int, json_file: Path | None) -> None:

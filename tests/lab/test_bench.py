@@ -81,16 +81,16 @@ class Clock:
 def test_what_is_timed(name, seconds, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bench.time, "perf_counter", clock.perf_counter)
-    assert bench._time(clock, *parse_tests(name), random.Random(0)) == seconds  # type: ignore[arg-type]
+    assert bench.time_test(clock, *parse_tests(name), random.Random(0)) == seconds  # type: ignore[arg-type]
     assert len({tuple(prompt) for prompt in clock.prompts}) == len(clock.prompts), "a prompt was used twice"
 
 
 def test_a_run_that_is_not_what_it_says_is_refused():
     (test,) = parse_tests("tg4")
     with pytest.raises(CapacityError, match="preempted"):
-        bench._time(Clock(preemptions=1), test, random.Random(0))  # type: ignore[arg-type]
+        bench.time_test(Clock(preemptions=1), test, random.Random(0))  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="4 tokens came back where 5 were"):
-        bench._time(Clock(short=1), test, random.Random(0))  # type: ignore[arg-type]
+        bench.time_test(Clock(short=1), test, random.Random(0))  # type: ignore[arg-type]
 
 
 def test_measure_end_to_end(smollm2, tmp_path, capsys):

@@ -103,21 +103,23 @@ class Run:
 
 
 def parse_tests(names: str) -> list[Test]:
-    """Tests by name, comma-separated: ppN, tgN, tgN@D, bB. ConfigError for anything else."""
+    """Tests by name, comma-separated: ppN, ppNxB, tgN, tgN@D, bB. ConfigError for anything else."""
     return [_parse(name.strip()) for name in names.split(",")]
 
 
 def _parse(name: str) -> Test:
-    match = re.fullmatch(r"pp(?P<pp>\d{1,6})|tg(?P<tg>\d{1,6})(?:@(?P<depth>\d{1,6}))?|b(?P<b>\d{1,6})", name)
+    match = re.fullmatch(
+        r"pp(?P<pp>\d{1,6})(?:x(?P<prompts>\d{1,6}))?|tg(?P<tg>\d{1,6})(?:@(?P<depth>\d{1,6}))?|b(?P<b>\d{1,6})", name
+    )
     if match is None:
-        raise ConfigError(f"{name!r:.40} is not a test; tests are ppN, tgN, tgN@D and bB, as in pp512,tg128@512,b8")
+        raise ConfigError(f"{name!r:.40} is not a test; tests are ppN, ppNxB, tgN, tgN@D and bB, as in pp512,b8")
     sizes = {key: int(value) for key, value in match.groupdict().items() if value is not None}
     for key, value in sizes.items():
-        most = MAX_BATCH if key == "b" else MAX_TOKENS
+        most = MAX_BATCH if key in ("b", "prompts") else MAX_TOKENS
         if not 1 <= value <= most:
             raise ConfigError(f"{name}: {value} is out of range; it must be from 1 to {most}")
     if "pp" in sizes:
-        return Test(name, 1, sizes["pp"], 0)
+        return Test(name, sizes.get("prompts", 1), sizes["pp"], 0)
     if "tg" in sizes:
         return Test(name, 1, sizes.get("depth", SHORT_PROMPT), sizes["tg"])
     return Test(name, sizes["b"], BATCH_PROMPT, BATCH_NEW)
@@ -137,7 +139,7 @@ def cost_of(test: Test, spec: ModelSpec, weight_bytes: int, kv_bytes_per_token: 
     ends = [*range(rows_per_step, test.prompt, rows_per_step), test.prompt]
     head = 2 * spec.vocab_size * spec.dim  # computed for the last token alone
     flops = sum(spec.flops_per_token(c) for c in range(1, test.prompt + 1)) - (test.prompt - 1) * head
-    return Cost(len(ends) * weight_bytes + sum(kv_bytes(end) for end in ends), flops)
+    return Cost(test.batch * (len(ends) * weight_bytes + sum(kv_bytes(end) for end in ends)), test.batch * flops)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def measure(
     runs: list[Run] = []
     peer_runs: list[PeerRun] = []
     started = time.perf_counter()
-    settings["kv_memory"] = _kv_memory(opened, tests, Settings(**settings))
+    settings["kv_memory"] = kv_memory(opened, tests, Settings(**settings))
     with LLM(model, **settings, max_sequences=most) as llm:
         load_s = time.perf_counter() - started
         resident = _resident_bytes()
@@ -179,7 +181,7 @@ def measure(
             read = step_bytes(opened.file, opened.spec, rows)
             cost = cost_of(test, opened.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
             for rep in range(-1, reps):
-                seconds = _time(llm, test, rng)
+                seconds = time_test(llm, test, rng)
                 if rep >= 0:
                     ceilings = sample_ceilings(llm.config.kernels, weights, llm.config.threads)
                     runs.append(Run(test, seconds, cost, ceilings))
@@ -193,7 +195,7 @@ def measure(
     return Report(config | measured | {"bytes_per_step": weights, "reps": reps}, runs, peer_runs)
 
 
-def _kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
+def kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
     """Bytes for the largest test and half as much again: little enough that after warming up all pages are in use, as
     in a server that has run for a while. Memory touched for the first time costs more than what is stored in it."""
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
@@ -214,7 +216,7 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _time(llm: LLM, test: Test, rng: random.Random) -> float:
+def time_test(llm: LLM, test: Test, rng: random.Random) -> float:
     """Seconds that count: to the first token, or for `new` tokens after it. A batch's first tokens do not come at once:
     its seconds are those of a run of new + 1 tokens less those of one of 1."""
     if not test.new:
