@@ -30,7 +30,7 @@ from .wire import error_of_kind
 START_SECONDS = 60.0  # for a process to give its first sign of life
 LOOK_SECONDS = 0.05  # between looks at who has fallen silent
 PAUSES = (0.0, 0.1, 0.5, 2.0, 5.0)  # before another start, by how many have failed in a row
-MAX_STARTS = len(PAUSES) + 1
+MAX_STARTS = len(PAUSES)
 END_SECONDS = 2.0
 MAX_MESSAGES = 66  # that an edge holds: more than steps in flight
 
