@@ -86,11 +86,7 @@ SharedGroup::SharedGroup(int rank, const GroupSizes& sizes, uint8_t* data, size_
 
 SharedGroup::~SharedGroup() { munmap(data_, bytes_); }
 
-uint64_t SharedGroup::post(size_t, size_t) {
-    const uint64_t number = posted(rank).load(std::memory_order_relaxed) + 1;
-    posted(rank).store(number, std::memory_order_release);
-    return number;
-}
+void SharedGroup::post(size_t, size_t) { posted(rank).fetch_add(1, std::memory_order_release); }
 
 bool SharedGroup::wait(uint64_t number) {
     for (int other = 0; other < ranks(); ++other)
@@ -112,18 +108,17 @@ void ChannelGroup::guarded(const std::function<void()>& call) {
     }
 }
 
-uint64_t ChannelGroup::post(size_t at, size_t size) {
+void ChannelGroup::post(size_t at, size_t size) {
     const uint64_t number = posted_.load(std::memory_order_relaxed) + 1;
     events_[number % std::size(events_)] = {at, size};
     guarded([&] { send_(number, area(rank) + at, size); });
     posted_.store(number, std::memory_order_release);
-    return number;
 }
 
 // The first thread to come receives, event after event; the others wait for it.
 bool ChannelGroup::wait(uint64_t number) {
     while (received_.load(std::memory_order_acquire) < number) {
-        if (aborted()) return false;
+        if (aborted() || !until([&] { return posted_.load(std::memory_order_acquire) >= number; })) return false;
         if (receiving_.test_and_set(std::memory_order_acquire)) {
             until([&] { return received_.load(std::memory_order_acquire) >= number || !receiving_.test(std::memory_order_acquire); });
             continue;

@@ -54,10 +54,12 @@ class Group {
     Best* best(int rank) const { return (Best*)(area(rank) + layout.best); }
     int32_t* tokens(int rank) const { return (int32_t*)(area(rank) + layout.tokens); }
 
-    // Gives bytes [at, at + size) of this rank's area to all ranks; returns the event's number. Of one thread at a time.
-    virtual uint64_t post(size_t at, size_t size) = 0;
-    // Waits for an event, on any thread. False where the group was aborted.
+    // The next event: gives bytes [at, at + size) of this rank's area to all ranks. Of one thread at a time.
+    virtual void post(size_t at, size_t size) = 0;
+    // Waits for an event, this rank's part of it included, on any thread. False where the group was aborted.
     virtual bool wait(uint64_t number) = 0;
+    // Whether this rank has posted anything.
+    virtual bool used() const = 0;
     virtual void abort() = 0;
     virtual bool aborted() const = 0;
     // Why, where that is known.
@@ -81,8 +83,9 @@ class SharedGroup : public Group {
     ~SharedGroup() override;
 
     uint8_t* area(int rank) const override { return data_ + first_area_ + size_t(rank) * layout.bytes; }
-    uint64_t post(size_t at, size_t size) override;
+    void post(size_t at, size_t size) override;
     bool wait(uint64_t number) override;
+    bool used() const override { return posted(rank).load(std::memory_order_relaxed) > 0; }
     void abort() override { word(kAbortAt).store(1, std::memory_order_release); }
     bool aborted() const override { return word(kAbortAt).load(std::memory_order_acquire) != 0; }
 
@@ -108,8 +111,9 @@ class ChannelGroup : public Group {
     ChannelGroup(int rank, const GroupSizes& sizes, Send send, Receive receive);
 
     uint8_t* area(int rank) const override { return memory_.data() + size_t(rank) * layout.bytes; }
-    uint64_t post(size_t at, size_t size) override;
+    void post(size_t at, size_t size) override;
     bool wait(uint64_t number) override;
+    bool used() const override { return posted_.load(std::memory_order_relaxed) > 0; }
     void abort() override { aborted_.store(true, std::memory_order_release); }
     bool aborted() const override { return aborted_.load(std::memory_order_acquire); }
     std::string failure() const override { return failure_; }

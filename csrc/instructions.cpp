@@ -249,12 +249,9 @@ void Head::choose_among_ranks(Program& program, Step& step, Worker& worker, bool
     const bool sampled = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.choose && spec.temperature > 0; });
     for (int row; (row = worker.claim()) < rows;) group.best(group.rank)[row] = best_of_team(program, worker, row);
     worker.barrier();
-    if (worker.index == 0) {
-        program.post(step, group.layout.best, size_t(rows) * sizeof(Best));
-        if (kept) program.post(step, group.layout.logits, size_t(rows) * size_t(group.sizes.columns) * 4);
-    }
-    worker.barrier();
-    program.await(step, worker, program.last_event());
+    uint64_t event = program.post(step, worker, group.layout.best, size_t(rows) * sizeof(Best));
+    if (kept) event = program.post(step, worker, group.layout.logits, size_t(rows) * size_t(group.sizes.columns) * 4);
+    program.await(step, worker, event);
     for (int row; (row = worker.claim()) < rows;) {
         const SampleSpec& spec = step.samples[size_t(row)];
         const bool own = row % group.ranks() == group.rank;
@@ -273,9 +270,7 @@ void Head::choose_among_ranks(Program& program, Step& step, Worker& worker, bool
     }
     if (!sampled) return;
     worker.barrier();
-    if (worker.index == 0) program.post(step, group.layout.tokens, size_t(rows) * 4);
-    worker.barrier();
-    program.await(step, worker, program.last_event());
+    program.await(step, worker, program.post(step, worker, group.layout.tokens, size_t(rows) * 4));
     for (int row; (row = worker.claim()) < rows;) {
         const int32_t token = group.tokens(row % group.ranks())[row];
         note(program, step, row, token < kBroken || token >= all.width ? kBroken : token);
@@ -285,18 +280,16 @@ void Head::choose_among_ranks(Program& program, Step& step, Worker& worker, bool
 // ---- reductions
 
 void ReduceStart::run(Program& program, Step& step, Worker& worker) const {
-    if (worker.index != 0) return;
     const Slot& slot = program.slot(partial);
-    Group& group = *program.group();
-    program.post(step, group.layout.partial(program.buffer(slot.reduction)), size_t(step.rows()) * size_t(slot.width) * 4);
-    program.event(slot.reduction) = program.last_event();
-    ++step.reductions;
+    const size_t at = program.group()->layout.partial(program.buffer(slot.reduction)), size = size_t(step.rows()) * size_t(slot.width) * 4;
+    program.scratch(worker).events[size_t(slot.reduction)] = program.post(step, worker, at, size);
+    if (worker.index == 0) ++step.reductions;
 }
 
 void ReduceWait::run(Program& program, Step& step, Worker& worker) const {
     const Slot &from = program.slot(partial), &to = program.slot(out);
     const Group& group = *program.group();
-    program.await(step, worker, program.event(from.reduction));
+    program.await(step, worker, program.scratch(worker).events[size_t(from.reduction)]);
     std::vector<const float*> areas(size_t(group.ranks())), parts(areas.size());
     for (int rank = 0; rank < group.ranks(); ++rank) areas[size_t(rank)] = group.partial(rank, program.buffer(from.reduction));
     each_row(worker.rows, worker, [&](int row) {

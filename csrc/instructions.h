@@ -107,7 +107,6 @@ struct ReduceStart : Instruction {
 
     void run(Program& program, Step& step, Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::all; }
-    bool parts() const override { return false; }
 };
 
 // out = the sum of the partial sums of ranks 0, 1, ... (+ residual), once all are there
@@ -116,7 +115,6 @@ struct ReduceWait : Instruction {
 
     void run(Program& program, Step& step, Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::all; }
-    bool parts() const override { return false; }
 };
 
 // out = f(x) (+ residual)

@@ -76,7 +76,7 @@ SlotId Program::add_slot(int width, RowSpace space) {
 }
 
 void Program::join(std::shared_ptr<Group> group) {
-    if (group->taken) throw std::invalid_argument("the group has a program already; a program needs a group of its own");
+    if (group->taken || group->used()) throw std::invalid_argument("the group has been used already; a program needs one of its own");
     require(limits.rows <= group->sizes.rows, "rows of a program whose group holds fewer", limits.rows, group->sizes.rows);
     group->taken = true;
     group_ = std::move(group);
@@ -86,8 +86,7 @@ SlotId Program::add_partial(int width) {
     if (!group_) throw std::invalid_argument("a program without a group has no reductions");
     if (width != group_->sizes.width)
         throw std::invalid_argument("partial sums of width " + std::to_string(width) + "; the group's are " + std::to_string(group_->sizes.width) + " wide");
-    slots_.push_back({width, RowSpace::all, nullptr, int(events_.size())});
-    events_.push_back(0);
+    slots_.push_back({width, RowSpace::all, nullptr, reductions_++});
     return SlotId(slots_.size()) - 1;
 }
 
@@ -194,6 +193,7 @@ void Program::finish(SlotId hidden, SlotId output) {
         scratch.partial = (float*)take(partial_floats_ * 4);
         scratch.queries = (float*)take(size_t(kQueries) * size_t(attention_dim_) * 4);
         scratch.best.resize(size_t(limits.logits));
+        scratch.events.resize(size_t(reductions_));
         if (routing_count_ > 0) scratch.routing.reserve(limits.rows, routing_chosen_, routing_count_);
     }
     if (routing_count_ > 0) routing_.reserve(limits.rows, routing_chosen_, routing_count_);
@@ -250,7 +250,7 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
-    const bool apart = !step.shares.empty(), logits_apart = apart && step.logits() >= kShareRows * pool.threads();
+    const bool apart = !step.shares.empty(), logits_apart = apart && !group_ && step.logits() >= kShareRows * pool.threads();
     enter(step, worker, apart);
     begin(step, worker);
     const bool timed = worker.index == 0 && !step.seconds.empty();
@@ -327,6 +327,21 @@ void Program::place_partials() {
         if (slot.reduction >= 0) slot.data = group_->partial(group_->rank, buffer(slot.reduction));
 }
 
+// Threads that work apart are at most Group::kOpen events from each other, and each posts the one before it calls this for the next.
+uint64_t Program::post(Step& step, const Worker& worker, size_t at, size_t size) {
+    const uint64_t event = ++scratch(worker).event;
+    if (worker.apart()) {
+        std::atomic<int>& posting = posting_[event % std::size(posting_)];
+        if (posting.fetch_add(1, std::memory_order_acq_rel) + 1 < pool.threads()) return event;
+        posting.store(0, std::memory_order_relaxed);
+    } else if (worker.index != 0) {
+        return event;
+    }
+    group_->post(at, size);
+    step.posted_bytes += int64_t(size);
+    return event;
+}
+
 void Program::await(Step& step, const Worker& worker, uint64_t event) {
     const double from = worker.index == 0 ? now() : 0;
     if (!group_->wait(event)) step.failed = true;
@@ -337,7 +352,7 @@ void Program::end(Step& step, Worker& worker) {
     if (output_ < 0 && !group_) return;
     worker.barrier();
     if (group_ && worker.index == 0) {  // nobody looks for partial sums any more
-        first_buffer_ = buffer(int(events_.size()));
+        first_buffer_ = buffer(reductions_);
         place_partials();
     }
     if (output_ < 0) return;

@@ -166,6 +166,8 @@ struct Scratch {
     uint8_t* attention;
     float *state, *partial, *queries;
     std::vector<Best> best;  // [logits]
+    uint64_t event = 0;      // the group's last event that this thread took part in
+    std::vector<uint64_t> events;  // that of each reduction of the step
     SampleScratch sampling;
     Routing routing;
 };
@@ -222,14 +224,13 @@ class Program {
 
     // ---- for instructions
     const std::shared_ptr<Group>& group() const { return group_; }  // null: alone
-    // Posts bytes of the rank's area, on one thread; after the next barrier `await` waits until all ranks have posted theirs.
-    void post(Step& step, size_t at, size_t size) { last_event_ = group_->post(at, size), step.posted_bytes += int64_t(size); }
-    uint64_t last_event() const { return last_event_; }
+    // Gives bytes of the rank's area to all ranks, as soon as every thread has called this; together, that is after a barrier. Returns the
+    // event, which `await` waits for: then all ranks' bytes are there.
+    uint64_t post(Step& step, const Worker& worker, size_t at, size_t size);
     void await(Step& step, const Worker& worker, uint64_t event);
     int buffer(int reduction) const { return (first_buffer_ + reduction) % (2 * most_open_); }
     // Counts a reduction that starts (1) or is waited for (-1) while the program is recorded.
     void note_reduction(int change);
-    uint64_t& event(int reduction) { return events_[size_t(reduction)]; }
     const Slot& slot(SlotId id) const { return slots_[size_t(id)]; }
     int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }
     Range range(const Worker& worker, SlotId id) const { return slot(id).space == RowSpace::all ? worker.rows : worker.logits; }
@@ -270,9 +271,8 @@ class Program {
     std::vector<std::unique_ptr<Instruction>> instructions_;
     bool parts_ = true;  // all instructions do
     std::shared_ptr<Group> group_;
-    std::vector<uint64_t> events_;  // of each reduction of the step: its event
-    uint64_t last_event_ = 0;
-    int first_buffer_ = 0;  // of the step's first reduction
+    std::atomic<int> posting_[GroupLayout::buffers] = {};  // of event n at n % buffers: threads that work apart and have called post
+    int reductions_ = 0, first_buffer_ = 0;  // of the step's first reduction
     int open_ = 0, most_open_ = 1;  // reductions under way at once: group.h says why there are twice as many buffers
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     SlotId hidden_ = -1, output_ = -1;

@@ -299,7 +299,7 @@ def test_a_channel_that_fails_is_named() -> None:
 def test_a_group_serves_one_program_that_fits() -> None:
     group = shared(SIZES)[0]
     net = Net(group)
-    with pytest.raises(ConfigError, match="has a program already"):
+    with pytest.raises(ConfigError, match="used already"):
         net.ops.capture(net._forward, Limits(40, 8, 8, 4, ()), hidden=24)
     for sizes in (GroupSizes(3, 39, 24, 8, 11), GroupSizes(3, 40, 23, 8, 11), GroupSizes(3, 40, 24, 7, 11)):
         with pytest.raises(ConfigError, match="does not fit its group"):
