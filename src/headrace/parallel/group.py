@@ -77,9 +77,10 @@ def _rounded(size: int, to: int) -> int:
 
 
 class SharedGroup:
-    """The ranks of one host, over a file in memory. It serves one native program, or else the calls below.
+    """The ranks of one host, over a file in memory. It serves one native program, or else the numpy set's calls; these
+    rely on the order in which x86 makes stores visible: ConfigError on other processors.
 
-    Without native kernels it relies on the order in which x86 makes stores visible: ConfigError on other processors.
+    Where a rank may still wait for others, `abort` must come before its op set is let go of.
     """
 
     @staticmethod
@@ -91,8 +92,8 @@ class SharedGroup:
         file = os.memfd_create("headrace-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(file, _Layout(sizes).file)
         os.pwrite(file, _HEADER.pack(_MAGIC, *astuple(sizes)), 0)
-        # F_ADD_SEALS: nobody can make it shorter, which would end those who read it.
-        fcntl.fcntl(file, 1033, 0x1 | 0x2 | 0x4)  # SEAL, SHRINK, GROW (fcntl(2))
+        # Nobody can make it shorter, which would end those who read it.
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return file
 
     def __init__(self, file: int, rank: int) -> None:
@@ -108,8 +109,6 @@ class SharedGroup:
         self.rank, self.size = rank, self.sizes.ranks
         self._memory = mmap.mmap(file, size)
         self._native: Any = None if native.missing() else native.shared_group(file, rank)
-        if self._native is None and platform.machine() not in ("x86_64", "AMD64"):
-            raise ConfigError(f"ranks without native kernels share memory on x86-64 alone, not on {platform.machine()}")
         self._words = np.frombuffer(self._memory, np.uint64, self._layout.first // 8)
         self._reductions = 0
 
@@ -138,7 +137,8 @@ class SharedGroup:
         return whole
 
     def abort(self) -> None:
-        """End every wait of every rank: the steps that wait fail with EngineDeadError, and so do all that follow."""
+        """End every wait of every rank, from any process that has the file open: the steps that wait fail with
+        EngineDeadError, and so do all that follow."""
         self._words[_ABORT_AT // 8] = 1
 
     @property
@@ -151,6 +151,8 @@ class SharedGroup:
         return np.frombuffer(self._memory, np.float32, rows * width, start).reshape(rows, width)
 
     def _post(self) -> int:
+        if platform.machine() != "x86_64":
+            raise ConfigError(f"ranks of the numpy set share memory on x86-64 alone, not on {platform.machine()}")
         word = _LINE * (self.rank + 1) // 8
         self._words[word] += np.uint64(1)
         return int(self._words[word])
