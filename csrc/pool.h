@@ -65,6 +65,8 @@ class Pool {
     bool done(uint32_t ticket) const { return int32_t(completed_.load(std::memory_order_acquire) - ticket) >= 0; }
     void wait(uint32_t ticket) const;
     void run(Job job) { wait(submit(std::move(job))); }
+    // From now on adds one to this eventfd when a job is done: for hosts that wait for other things too.
+    void ring(int eventfd) { bell_.store(eventfd, std::memory_order_relaxed); }
 
   private:
     friend class Worker;
@@ -81,6 +83,7 @@ class Pool {
     alignas(64) std::atomic<uint32_t> phase_{0};
     alignas(64) std::atomic<int> next_piece_{0};
     std::atomic<bool> stopping_{false};
+    std::atomic<int> bell_{-1};
     std::vector<std::thread> threads_;
 };
 

@@ -36,6 +36,8 @@ class Pool:
     def __init__(self, threads: int) -> None: ...
     @property
     def threads(self) -> int: ...
+    def ring(self, eventfd: int) -> None:
+        """Add one to this eventfd whenever a job is done, from now on."""
     def wait(self) -> None:
         """Until all that is queued has run."""
 

@@ -257,6 +257,10 @@ class NativeOps:
             self._pool.wait()
             self._sources.clear()
 
+    def ring(self, eventfd: int) -> None:
+        """Add one to this eventfd whenever a step, a pack or a copy is done, from now on."""
+        self._pool.ring(eventfd)
+
     def __del__(self) -> None:
         if getattr(self, "_sources", None):  # the pool may still be reading them
             self.finish_packing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ..llm import LLM
 from ..plan.plan import Plan
 from ..results import machine_facts, summarize_tests, write_results
 from ..trace import StageSpan
+from ..workers.worker import SPAN_SECONDS
 from .bench import Test, kv_memory, time_test
 from .timeline import bubble
 
@@ -80,10 +82,10 @@ def measure_plans(
         for index, test in enumerate(tests):
             for rep in range(-1, reps):
                 for place, (name, llm) in enumerate(doors.items()):
-                    llm.engine.trace.clear()
+                    began = time.monotonic()
                     seconds = time_test(llm, test, rng)
                     if rep >= 0:
-                        report.runs.append(PlanRun(name, test, seconds, *_of_spans(llm)))
+                        report.runs.append(PlanRun(name, test, seconds, *_of_spans(llm, began)))
                     advance((index * (reps + 1) + rep + 1) * len(doors) + place + 1, count)
     return report
 
@@ -93,25 +95,30 @@ def _facts(doors: dict[str, LLM]) -> dict[str, Any]:
     return alone | {"plans": {name: llm.config.plan for name, llm in doors.items() if llm.config.plan}}
 
 
-def _of_spans(llm: LLM) -> tuple[tuple[float, ...], float | None, float | None]:
-    """What the spans of a run say; of a split model's last steps some may be missing."""
-    for _ in range(5):
-        llm.engine.tend()
-    spans = llm.engine.trace.spans
-    if not spans:
+def _of_spans(llm: LLM, began: float) -> tuple[tuple[float, ...], float | None, float | None]:
+    """What the spans of a run that began then say. The workers report them with a delay."""
+    if llm.config.plan is None:
         return (), None, None
+    until = time.monotonic() + 2 * SPAN_SECONDS
+    while time.monotonic() < until:
+        llm.engine.tend()
+        time.sleep(SPAN_SECONDS / 4)
+    spans = [span for span in llm.engine.trace.spans if span.received >= began]
     idle = bubble(spans)
     return tuple(idle[stage] for stage in sorted(idle)), hop_us(spans), _waited(spans)
 
 
 def hop_us(spans: Sequence[StageSpan]) -> float | None:
-    """Median microseconds from a stage's end to when the next stage had its hidden states."""
-    sent = {(span.step, span.stage): span.ended for span in spans if span.sent}
-    hops = [
-        span.hidden - sent[span.step, span.stage - 1]
-        for span in spans
-        if span.rank == 0 and (span.step, span.stage - 1) in sent
-    ]
+    """Median microseconds from a stage's end to when the next stage had the hidden states, of those that it waited for:
+    one that computes takes them when it has time."""
+    ended = {(span.step, span.stage): span.ended for span in spans if span.sent}
+    free: dict[tuple[int, int], float] = {}
+    hops = []
+    for span in sorted((span for span in spans if span.rank == 0), key=lambda span: span.started):
+        before = ended.get((span.step, span.stage - 1))
+        if before is not None and free.get((span.stage, span.replica), 0.0) <= before:
+            hops.append(span.hidden - before)
+        free[span.stage, span.replica] = span.ended
     return median(hops) * 1e6 if hops else None
 
 

@@ -31,6 +31,10 @@ class Prepared(NamedTuple):
 class Launched(Protocol):
     """A step under way on this rank."""
 
+    def done(self) -> bool:
+        """Whether a result is there at once."""
+        ...
+
     def result(self) -> StepResult:
         """Of a range that ends the model. Waits, as the next one."""
         ...
@@ -84,6 +88,9 @@ class Runner:
         """Forget every sequence."""
         self._residents.clear()
 
+    def ring(self, eventfd: int) -> None:
+        """Nobody waits here for a step that was launched."""
+
 
 class _Done:
     """A step that was computed as it was launched."""
@@ -92,6 +99,9 @@ class _Done:
 
     def __init__(self, result: StepResult | None, output: np.ndarray, times: tuple[float, float]) -> None:
         self._result, self._output, self.times = result, output, times
+
+    def done(self) -> bool:
+        return True
 
     def result(self) -> StepResult:
         assert self._result is not None
@@ -150,6 +160,10 @@ class NativeRunner(Single):
                 self._open.popleft()[1].result()
         self.clear()
 
+    def ring(self, eventfd: int) -> None:
+        """Add one to this eventfd whenever a step is done, from now on."""
+        self._ops.ring(eventfd)
+
     def clear(self) -> None:
         self._last = None
         self._residents.clear()
@@ -175,6 +189,9 @@ class Queued:
             load = tuple(self._ticket.expert_load)
             self._result = answer(self._number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times, load)
         return self._result
+
+    def done(self) -> bool:
+        return self._ticket.done()
 
     def hidden(self) -> np.ndarray:
         return self._ticket.result()[1]

@@ -71,14 +71,16 @@ class Worker:
         self._spans: list[StageSpan] = []
         self._reported = 0.0
         self._running = True
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # rings when a step is done
+        runner.ring(self._bell)
 
     def run(self) -> None:
         while self._running and not self._link.closed:
-            self._listen(wait=not self._launched and not self._ready)
+            while self._launched and self._launched[0][1].done():
+                self._take_in(*self._launched.popleft())
             while self._ready and len(self._launched) < AHEAD:
                 self._launch(self._ready.popleft())
-            if self._launched:
-                self._take_in(*self._launched.popleft())
+            self._listen(wait=not (self._launched and self._launched[0][1].done()))
 
     # What comes
 
@@ -86,7 +88,8 @@ class Worker:
         """Hear what has come; with `wait`, something that matters."""
         poll, link = select.poll(), self._link
         poll.register(link.fileno(), select.POLLIN | (select.POLLOUT if link.unsent else 0))
-        poll.register(self._edges.fileno(), select.POLLIN)
+        for fd in (self._bell, self._edges.fileno()):
+            poll.register(fd, select.POLLIN)
         for fd in self._edges.receivers:
             poll.register(fd, select.POLLIN)
         for fd, _ in poll.poll((SPAN_SECONDS * 1000 if self._spans else None) if wait else 0):
@@ -94,6 +97,8 @@ class Worker:
                 link.flush()
                 for message in link.receive():
                     self._obey(message)
+            elif fd == self._bell:
+                os.eventfd_read(fd)
             elif fd == self._edges.fileno():
                 self._edges.settle()
             elif fd in self._edges.receivers:
