@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -182,6 +183,7 @@ RAW: list[tuple[str, bytes, bytes]] = [
     ("a chunk size of letters", CHUNKED + b"zz\r\n", b"HTTP/1.1 400"),
     ("a compressed body",
      post_head(2, "Content-Encoding: gzip", "Connection: close") + b"{}", b"HTTP/1.1 415"),
+    ("a compressed chunked body", CHUNKED.replace(b"chunked", b"gzip, chunked") + b"0\r\n\r\n", b"HTTP/1.1 415"),
     ("an upgrade", b"GET /health HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", b"HTTP/1.1 400"),
     ("a percent-encoded path upwards", b"GET /%2e%2e/passwd HTTP/1.1\r\nConnection: close\r\n\r\n", b"HTTP/1.1 404"),
     ("a null in the path", b"GET /%00 HTTP/1.1\r\nConnection: close\r\n\r\n", b"HTTP/1.1 404"),
@@ -205,6 +207,31 @@ def test_bad_bytes(tiny_server: ServerProcess, what: str, data: bytes, start: by
     assert answer.startswith(start), answer[:300]
     assert time.monotonic() - before < 2.9, "the server hangs up by itself"
     assert tiny_server.post(*completion())[0] == 200
+
+
+def test_http_1_0_streams_without_chunks(tiny_server: ServerProcess) -> None:
+    body = completion(stream=True)[1]
+    answer = tiny_server.raw(post_head(len(body)).replace(b"HTTP/1.1", b"HTTP/1.0") + body, timeout=3)
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and b"chunked" not in head.lower()
+    assert events.startswith(b"data: {") and events.endswith(b"\n\ndata: [DONE]\n\n")
+    assert all(line.startswith(b"data: ") for line in events.split(b"\n\n")[:-1])
+
+
+def test_connections_that_are_reset_are_no_errors(tiny_server: ServerProcess) -> None:
+    def errors() -> list[Any]:
+        return [line for line in tiny_server.logs() if line["level"] == "error"]
+
+    before = len(errors())
+    for wait in (False, True) * 20:
+        one = socket.create_connection(("127.0.0.1", tiny_server.port))
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it resets it
+        one.sendall(long_request(True))
+        if wait:
+            one.recv(10)
+        one.close()
+    tiny_server.wait_idle()
+    assert errors()[before:] == []
 
 
 def test_slow_loris_is_cut_off_and_keeps_nobody_out(tiny_server: ServerProcess) -> None:

@@ -118,6 +118,30 @@ def test_file_environment_and_flags(tiny_model: str, tmp_path: Path) -> None:
         assert done.returncode == 1 and words in done.stderr
 
 
+def test_what_cannot_start_says_why_in_a_line(tiny_model: str) -> None:
+    done = serve("-m", f"a={tiny_model}", "-m", f"a={tiny_model}", "--port", "0", "--threads", "1")
+    assert done.returncode == 1 and "loaded already" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_engine_for_which_there_is_no_descriptor() -> None:
+    code = """
+import asyncio, resource
+from headrace.errors import EngineDeadError
+from headrace.workers.remote import RemoteEngine
+
+async def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        await RemoteEngine(print, print).start()
+    except EngineDeadError as error:
+        print(error)
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "cannot be started: Too many open files" in done.stdout, done.stderr
+
+
 def test_start_up_is_timed_in_the_log(server: ServerProcess) -> None:
     phases = {line["phase"]: line["seconds"] for line in server.logs() if line["event"] == "phase"}
     assert set(phases) >= {"listening", "open", "tokenizer", "engine", "model", "ready"}
@@ -220,6 +244,8 @@ def test_models_are_loaded_and_unloaded(locked: Any) -> None:
     got = [server.post("/v1/completions", {**SHORT, "model": name, "seed": 1}, **alice)[1] for name in ("a", "b")]
     assert got[0]["model"] == "a" and got[1]["model"] == "b" and got[0]["choices"] == got[1]["choices"]
     assert server.post("/admin/load", {"model": model, "name": "b"}, **root)[0] == 409
+    for name in ("line\nbreak", "x" * 300):
+        assert server.post("/admin/load", {"model": model, "name": name}, **root)[0] == 400
     status, answer = server.post("/admin/load", {"model": "/etc/passwd"}, **root)
     assert status == 400 and "gguf" in answer["error"]["message"]
     assert server.post("/admin/load", {"model": "no-such-model", "name": "c"}, **root)[0] == 400
@@ -250,6 +276,9 @@ def test_pages_of_other_origins(locked: Any) -> None:
 
 def test_key_files(tmp_path: Path) -> None:
     path = tmp_path / "keys"
+    os.mkfifo(tmp_path / "pipe")  # reading which would wait for ever
+    with pytest.raises(ConfigError, match="regular file"):
+        Keys(str(tmp_path / "pipe"))
     for data in (b"", b"# nothing\n", b"short\n", b"x" * (2 << 20)):
         path.write_bytes(data)
         with pytest.raises(ConfigError, match=str(path)):
@@ -277,7 +306,7 @@ def test_tls(tiny_model: str, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(cert)]
     subprocess.run([*command, "-days", "2", "-subj", "/CN=localhost"], check=True, capture_output=True)
-    flags = ["--tls-cert", str(cert), "--tls-key", str(key)]
+    flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--header-timeout", "1"]
     with ServerProcess(tiny_model, "--threads", "1", *flags, log=tmp_path / "log") as server:
         context = ssl.create_default_context(cafile=str(cert))
         context.check_hostname = False
@@ -285,6 +314,9 @@ def test_tls(tiny_model: str, tmp_path: Path) -> None:
         connection.request("POST", "/v1/completions", json.dumps({**SHORT, "stream": True}))
         assert b"[DONE]" in connection.getresponse().read()
         connection.close()
+        assert server.raw(b"\x16\x03", timeout=5) == b"", "a handshake that stops is given up"
+        began = time.monotonic()
+        assert server.raw(b"", timeout=10) == b"" and time.monotonic() - began < 9
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
         with pytest.warns(DeprecationWarning):

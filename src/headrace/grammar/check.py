@@ -195,10 +195,13 @@ def _serve() -> None:
 
     vocabulary = LLTokenizer(_Bytes())  # type: ignore[arg-type]
     print("ready", flush=True)
-    for line in sys.stdin.buffer:
-        answer = _checked(msgspec.json.decode(line, type=GrammarSpec), vocabulary)
-        sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-        sys.stdout.buffer.flush()
+    try:
+        for line in sys.stdin.buffer:
+            answer = _checked(msgspec.json.decode(line, type=GrammarSpec), vocabulary)
+            sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os._exit(0)  # who asked has died, and nobody is to read of that
 
 
 def main() -> None:

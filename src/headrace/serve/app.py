@@ -219,7 +219,8 @@ class Server:
         if announced.isdigit() and int(announced) > limit:
             raise too_large
         encoding = request.headers.get("content-encoding", "identity")
-        if encoding.lower() != "identity":
+        framing = request.headers.get("transfer-encoding", "chunked")
+        if encoding.lower() != "identity" or framing.lower() != "chunked":
             raise Fault(415, "bodies must not be compressed", code="unsupported_encoding", headers=close)
         data = bytearray()
         try:

@@ -72,7 +72,11 @@ class Gate:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *extra]
-            await send(message)
+            try:
+                await send(message)
+            except RuntimeError:  # of a transport that was closed while this was on its way: the client has left
+                if not scope.get("headrace.lost", bool)():
+                    raise
 
         self._server.calls.add(call)
         try:

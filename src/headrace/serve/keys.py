@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import hmac
 import os
+import stat
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -32,6 +33,8 @@ class Keys:
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             if stamp == self._stamp:
                 return False
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its other end
+                raise ConfigError(f"the key file {self._path} is not a regular file")
             with open(self._path, "rb") as file:
                 data = file.read(MAX_FILE + 1)
         except OSError as error:

@@ -57,6 +57,7 @@ class Served:
         return most + max_queue
 
 
+MAX_NAME = 256
 STALL_SECONDS = 30.0  # of silence with work to do, after which a model does not count as healthy
 
 
@@ -70,6 +71,9 @@ class Models:
     async def load(self, model: str, name: str | None = None) -> Served:
         """Load one more. Fault 409 where the name is taken; raises what loading raised."""
         name = name or model
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise Fault(400, f"a model's name must be at most {MAX_NAME} characters that print, got {name!r:.80}",
+                        param="name")  # fmt: skip
         if (before := self.served.get(name)) is not None and before.state not in ("dead", "closed"):
             raise Fault(409, f"a model named {name!r} is loaded already; unload it first", code="model_exists")
         collector = self._metrics.collector(name)

@@ -65,6 +65,8 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["headrace.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
         self.scope["headrace.write"] = self._write_now  # type: ignore[typeddict-unknown-key]
+        self.scope["headrace.until_close"] = self._until_close  # type: ignore[typeddict-unknown-key]
+        self.scope["headrace.lost"] = self._lost  # type: ignore[typeddict-unknown-key]
         self._head_bytes = self._head_fields = 0
         self._in_head = True
         if self._head_timer is None:
@@ -97,8 +99,22 @@ class LimitedProtocol(HttpToolsProtocol):
         """A chunk of the answer that has begun, without the way through ASGI; False where the client is behind."""
         if self.flow.write_paused or self.transport.is_closing():
             return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        self.transport.write(b"%x\r\n%b\r\n" % (len(body), body) if self.cycle.chunked_encoding else body)
         return True
+
+    def _until_close(self, left: int = 1 << 62) -> None:
+        """HTTP/1.0 knows no chunks: there an answer without a length ends with its connection. Called before it begins,
+        and before its last bytes, with how many are `left`."""
+        if self.cycle is not None and self.cycle.scope["http_version"] == "1.0":
+            self.cycle.chunked_encoding, self.cycle.expected_content_length = False, left
+
+    def _lost(self) -> bool:
+        """Whether nothing can be sent any more; then the answer counts as given up."""
+        lost = self.transport.is_closing()
+        if lost and self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        return lost
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(Fault(400, "the request is not HTTP/1.1", code="invalid_http"))

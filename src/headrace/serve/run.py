@@ -72,7 +72,10 @@ class Process:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop)
         loop.add_signal_handler(signal.SIGHUP, self._server.reload_keys)
-        listener = await loop.create_server(self._protocol(), sock=sock, ssl=tls, backlog=BACKLOG)
+        patience = self._options.header_timeout if tls else None
+        listener = await loop.create_server(
+            self._protocol(), sock=sock, ssl=tls, ssl_handshake_timeout=patience, backlog=BACKLOG
+        )
         self._phase("listening", self._began)
         ticker = asyncio.create_task(self._tick())
         loading = asyncio.create_task(self._load(sock, tls is not None))
@@ -105,7 +108,10 @@ class Process:
         for given in self._options.models:
             name, _, model = given.rpartition("=")
             began = time.monotonic()
-            served = await self._server.models.load(model, name or None)
+            try:
+                served = await self._server.models.load(model, name or None)
+            except Fault as fault:
+                raise ConfigError(f"--model {given}: {fault.message}") from None
             for phase, seconds in served.engine.phases.items():
                 log.info("phase", extra={"facts": {"phase": phase, "model": served.name, "seconds": round(seconds, 4)}})
             self._phase("model", began, model=served.name)

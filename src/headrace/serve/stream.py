@@ -30,14 +30,16 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 class EventStream:
     """Sends what an Exchange emits. Ends the exchange when the client leaves, or does not read.
 
-    `scope` may hold `headrace.write` (takes a piece of the body at once, or returns False where it must wait) and
-    `headrace.abort` (closes the connection, whatever is unsent).
+    `scope` may hold `headrace.write` (takes a piece of the body at once, or returns False where it must wait),
+    `headrace.until_close` (told that the answer has no length, and at the end how much is left) and `headrace.abort`
+    (closes the connection, whatever is unsent).
     """
 
     def __init__(self, exchange: Exchange, scope: Any) -> None:
         self.exchange = exchange
         self._write: Callable[[bytes], bool] = scope.get("headrace.write", lambda data: False)
         self._abort: Callable[[], None] = scope.get("headrace.abort", lambda: None)
+        self._until_close: Callable[..., None] = scope.get("headrace.until_close", lambda left=0: None)
         self._pending: list[bytes] = []
         self._size = 0
         self._oldest: float | None = None  # of what waits: when it was sampled
@@ -98,6 +100,7 @@ class EventStream:
                 pass
             if exchange.fault is not None and not self._pending:
                 return exchange.fault
+            self._until_close()
             await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS]})
             self._began = True
             while self.gone is None:
@@ -108,6 +111,7 @@ class EventStream:
                     await self._send_pending(send)
                 elif last:
                     body = b"data: " + exchange.fault.body() + b"\n\ndata: [DONE]\n\n" if exchange.fault else b""
+                    self._until_close(len(body))
                     await send({"type": "http.response.body", "body": body, "more_body": False})
                     return None
                 else:

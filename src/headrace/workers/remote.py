@@ -27,18 +27,25 @@ class RemoteEngine(asyncio.Protocol):
         self._trouble: EngineDeadError | None = None
 
     async def start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            module = __name__.removesuffix("workers.remote") + "engine_process"
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                module,
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-            )
+        """Raises EngineDeadError where the system has no room for one more process or descriptor."""
         try:
+            await self._start()
+        except OSError as error:
+            raise EngineDeadError(f"the engine's process cannot be started: {error.strerror or error}") from None
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                module = __name__.removesuffix("workers.remote") + "engine_process"
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    module,
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
         except BaseException:
             ours.close()
