@@ -3,6 +3,7 @@ machine are known."""
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import msgspec
@@ -27,6 +28,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     each "group" of 32, or (faster, coarser) for each whole "row".
     `plan`: how to split the model over processes, in the notation of plan/notation.py, or as the path of a YAML
     or JSON file; a `Plan` is taken too. `threads` is then the plan's affair.
+    `listen`: "host:port" at which workers of the hosts that a plan names join (`headrace worker`), and `secret_file`: the
+    file of the secret that they must know.
     """
 
     kernels: str = "auto"
@@ -42,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_cache: bool = True
     steps_in_flight: int = 2
     plan: str | None = None
+    listen: str | None = None
+    secret_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.plan is not None and not isinstance(self.plan, str):
@@ -60,6 +65,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high):
                 raise ConfigError(f"{name} must be a whole number from 1 to {high}, got {value!r}")
+        for name in ("listen", "secret_file"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                if not isinstance(value, os.PathLike):
+                    raise ConfigError(f"{name} must be text, got {value!r:.80}")
+                msgspec.structs.force_setattr(self, name, os.fspath(value))
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r:.80}")
         if not isinstance(self.kv_dtype, str):

@@ -50,7 +50,7 @@ def plans(draw: st.DrawFn, most_stages: int = 5) -> Plan:
     hosts = [
         {replica.host for stage in stages[i : i + 2] for replica in stage.replicas} for i in range(len(stages) - 1)
     ]
-    channel = tuple(draw(st.sampled_from(("auto", "tcp", "gloo") + ("shm",) * (len(names) == 1))) for names in hosts)
+    channel = tuple(draw(st.sampled_from(("auto", "tcp", "gloo") + ("shm",) * (names == {None}))) for names in hosts)
     return Plan(
         tuple(stages),
         channel,

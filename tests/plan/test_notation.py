@@ -114,7 +114,7 @@ ERRORS = {
     "2; micro=0": (10, "micro_batches must be"),
     "2; heartbeat=99": (14, "heartbeat must be"),
     "2; heartbeat=soon": (14, "expected seconds"),
-    "0-14 @b | 15-29; channel=shm": (26, "stays within a host"),
+    "0-14 @b | 15-29; channel=shm": (26, "stays within the coordinator's host"),
     "2;": (3, "expected an option"),
     "0-1\n| 3-4": (7, "leaves a gap"),
 }

@@ -69,7 +69,7 @@ WRONG = {
     "channel must be one of auto, shm, tcp, gloo, got []": lambda: Plan(TWO, ([],)),  # type: ignore[arg-type]
     "channel must be a name, or one for each of the 1 edges, got 2": lambda: Plan(TWO, ("tcp", "shm")),
     "channel must be a name, or one for each of the 1 edges, got 7": lambda: Plan(TWO, 7),  # type: ignore[arg-type]
-    "channel shm stays within a host, stages 0 and 1 are on b and the coordinator's host": lambda: Plan(
+    "channel shm stays within the coordinator's host, stages 0 and 1 are on b and the coordinator's host": lambda: Plan(
         (Stage(0, 1), Stage(2, 3, (Replica(host="b"),))), "shm"
     ),
     "routing must be one of round-robin, random, shortest-queue": lambda: Plan(TWO, routing="best"),  # type: ignore[arg-type]
@@ -108,8 +108,8 @@ def test_channels_between_replicas():
     assert plan.channels == ("auto", "auto")
     assert [plan.channel_between(0, 0, 0), plan.channel_between(0, 1, 0), plan.channel_between(1, 0, 0)] == [
         "tcp",
-        "shm",
-        "shm",
+        "tcp",
+        "tcp",
     ]
     mixed = Plan(plan.stages, ("tcp", "gloo"))
     assert (mixed.channel_between(0, 1, 0), mixed.channel_between(1, 0, 0)) == ("tcp", "gloo")

@@ -63,8 +63,8 @@ def test_cuts_follow_costs_and_speeds():
 def test_other_hosts_have_their_own_cores():
     assert resolved("* | * @b", 2, b=range(8)) == "0-1 t2 c0,1 | 2-11 t8 c0-7 @b; channel=tcp"
     assert resolved("* | * @b", 2) == "0-7 t2 c0,1 | 8-11 @b; channel=tcp"  # nothing is known of it yet
-    plan = Plan.parse("* | * + @b | * @b").resolve(model(12), EVEN, range(2), {"b": range(2)})
-    assert plan.channels == ("auto", "auto")
+    plan = Plan.parse("* + @b | * | *").resolve(model(12), EVEN, range(2), {"b": range(2)})
+    assert plan.channels == ("auto", "shm")
 
 
 def test_micro_batches_keep_every_replica_busy():

@@ -161,7 +161,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     """A model's stages, from its first layer on without a gap, and how they work together. `str(plan)` is its notation.
 
     `channel`: what carries hidden states, for all edges between neighbouring stages or for each ("auto": shared memory
-    within a host, TCP between hosts). `routing`: how a new sequence chooses its path. `lost`: whether requests wait or
+    on the coordinator's host, TCP elsewhere). `routing`: how a new sequence chooses its path. `lost`: whether requests wait or
     fail while some stage has no replica. `micro_batches`: steps in flight on each path. `heartbeat`: seconds of silence
     after which a worker counts as dead.
 
@@ -218,8 +218,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         chosen = self.channels[stage]
         if chosen != "auto":
             return chosen
-        hosts = self.stages[stage].replicas[replica].host, self.stages[stage + 1].replicas[next_replica].host
-        return "shm" if hosts[0] == hosts[1] else "tcp"
+        hosts = {self.stages[stage].replicas[replica].host, self.stages[stage + 1].replicas[next_replica].host}
+        return "shm" if hosts == {None} else "tcp"  # the coordinator can pass shared memory to its own host alone
 
     def oversubscribed(self, cores: int) -> bool:
         """Whether the ranks on the coordinator's host have more threads than `cores`; an open rank counts as one."""
@@ -366,9 +366,10 @@ def _check_channels(plan: Plan) -> None:
         _check_choice("channel", plan.channel, get_args(Channel))
     for edge, channel in enumerate(plan.channels):
         hosts = {one.host for stage in plan.stages[edge : edge + 2] for one in stage.replicas}
-        if channel == "shm" and len(hosts) > 1:
+        if channel == "shm" and hosts != {None}:
             names = " and ".join(sorted(host or "the coordinator's host" for host in hosts)[:2])
             raise PlanError(
-                f"channel shm stays within a host, stages {edge} and {edge + 1} are on {names}; take tcp or auto",
+                f"channel shm stays within the coordinator's host, stages {edge} and {edge + 1} are on {names}; take "
+                "tcp or auto",
                 field="channel",
             )

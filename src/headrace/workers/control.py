@@ -1,7 +1,9 @@
 """What the engine (the coordinator) and the ranks of a split model say to each other, over one connection each.
 
 coordinator ─▶ rank   Start, Connect, Run, Skip, Reset, Disconnect, Stop
-rank ─▶ coordinator   Beat, Ready, Listening, Connected, Answer, Spans, Broke
+rank ─▶ coordinator   Beat, Ready, Listening, Connected, Torn, Answer, Spans, Broke
+
+One that joins from another host says Hello first, waits for its Start, and answers each Ping with a Pong.
 """
 
 from __future__ import annotations
@@ -44,11 +46,13 @@ class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):
     threads: int
     cores: tuple[int, ...]  # empty: wherever the system likes
     heartbeat: float  # seconds of silence after which the rank counts as dead
+    fingerprint: str = ""  # of the model's files, for a rank on another host
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Open an end of an edge. `shm` brings its descriptors; of `tcp` and `gloo` the receiver listens, and the sender
-    gets its address. `within`: it leads from the first rank of a replica to another."""
+    gets its address. `within`: it leads from the first rank of a replica to another. `host`: where to listen, if not at
+    the address that leads to the coordinator. `secret`: for ranks of other hosts only the salt of it."""
 
     edge: int
     name: str
@@ -59,6 +63,8 @@ class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True):
     messages: int
     address: tuple[str, int] | None = None
     secret: bytes = b""
+    host: str = ""
+    patience: float = 1.0  # seconds of silence after which the other end counts as gone
 
 
 class Disconnect(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -90,6 +96,32 @@ class Stop(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """End."""
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Say what time it is."""
+
+    time: float  # of the coordinator's clock
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A worker that joined is not wanted."""
+
+    reason: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A worker has joined from another host, of this name."""
+
+    version: str
+    name: str
+    cores: int
+    pid: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    asked: float  # the Ping's time
+    time: float  # of the rank's clock
+
+
 class Beat(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A sign of life."""
 
@@ -119,6 +151,12 @@ class Connected(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: str | None = None
 
 
+class Torn(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """An edge broke that the coordinator had not asked to close."""
+
+    edge: int
+
+
 class Answer(msgspec.Struct, frozen=True, tag=True, array_like=True):
     result: StepResult
 
@@ -134,8 +172,8 @@ class Broke(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: str
 
 
-ToRank = Start | Connect | Disconnect | Run | Skip | Reset | Stop
-FromRank = Beat | Ready | Failed | Listening | Connected | Answer | Spans | Broke
+ToRank = Start | Connect | Disconnect | Run | Skip | Reset | Stop | Ping | Refused
+FromRank = Beat | Ready | Failed | Listening | Connected | Torn | Answer | Spans | Broke | Hello | Pong
 
 encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
 to_rank = msgspec.msgpack.Decoder(ToRank, dec_hook=decode_array)
