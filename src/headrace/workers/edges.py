@@ -14,19 +14,21 @@ import numpy as np
 
 from ..errors import ChannelError, HeadraceError
 from ..parallel.channel import Edge, Receiver, Sender, open_receiver, open_sender
+from ..parallel.joining import channel_secret, watch
 from ..parallel.shm import ShmFds
 from ..parallel.tcp import TcpListener, connect
-from .control import Connect, Connected, FromRank, Listening
+from .control import Connect, Connected, FromRank, Listening, Torn
 
 CONNECT_SECONDS = 20.0
 
 
 class Edges:
     """`host`: the address at which others reach this rank. `say` sends a message to the coordinator, from any thread;
-    `fileno` is readable when an end was opened by a thread, see `settle`."""
+    `fileno` is readable when an end was opened by a thread, see `settle`. `secret`: the one that this rank joined with,
+    where it did."""
 
-    def __init__(self, host: str, say: Callable[[FromRank], None]) -> None:
-        self._host, self._say = host, say
+    def __init__(self, host: str, say: Callable[[FromRank], None], secret: bytes = b"") -> None:
+        self._host, self._say, self._secret = host, say, secret
         self.receivers: dict[int, Receiver] = {}  # by descriptor
         self._edges: dict[int, Receiver | Sender] = {}
         self.within: list[int] = []  # those to other ranks of the replica
@@ -52,18 +54,26 @@ class Edges:
 
     def _far_end(self, order: Connect) -> Any:
         """What opens a channel to another host: for tcp a connection, for gloo a socket that listens or an address."""
+        host = order.host or self._host
         if order.transport == "gloo":
             if order.address is not None:
                 return order.address
-            listener = socket.create_server((self._host, 0))
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, 0), family=family)
             self._say(Listening(order.edge, listener.getsockname()[:2]))
             return listener
+        connection = self._tcp_connection(order, host)
+        watch(connection, order.patience)
+        return connection
+
+    def _tcp_connection(self, order: Connect, host: str) -> socket.socket:
+        secret = channel_secret(self._secret, order.secret) if self._secret else order.secret
         if order.address is not None:
-            return connect(order.address, order.secret, order.name, CONNECT_SECONDS)
-        listener = TcpListener(self._host)
+            return connect(order.address, secret, order.name, CONNECT_SECONDS)
+        listener = TcpListener(host)
         try:
             self._say(Listening(order.edge, listener.address))
-            return listener.accept(order.secret, order.name, CONNECT_SECONDS)
+            return listener.accept(secret, order.name, CONNECT_SECONDS)
         finally:
             listener.close()
 
@@ -91,7 +101,13 @@ class Edges:
         try:
             sender.send(number, array)  # type: ignore[union-attr]
         except ChannelError:
-            self.close(edge)
+            self._tear(edge)
+
+    def _tear(self, edge: int) -> None:
+        """Close an edge that is of no more use. The coordinator usually knows that the other end is gone, or is about
+        to notice; where only the way between two hosts is cut, nobody else could tell it."""
+        self.close(edge)
+        self._say(Torn(edge))
 
     def close(self, edge: int) -> None:
         end = self._edges.pop(edge, None)
@@ -105,7 +121,7 @@ class Edges:
 
     def close_receiver(self, fd: int) -> None:
         end = self.receivers[fd]
-        self.close(next(edge for edge, other in self._edges.items() if other is end))
+        self._tear(next(edge for edge, other in self._edges.items() if other is end))
 
 
 def _open(order: Connect, where: Any) -> Receiver | Sender:
