@@ -34,7 +34,7 @@ from .channel import (
 )
 
 CLOSE_SECONDS = 1.0  # in which a sender that closes passes on what it was given
-CONNECT_SECONDS = 60.0  # in which both ends must come
+CONNECT_SECONDS = 120.0  # in which both ends must come: a process that first loads torch from a slow disk takes a while
 _EVER = timedelta(days=300)
 _AT_ONCE = timedelta(milliseconds=1)
 _SENDER, _RECEIVER = 0, 1  # ranks
