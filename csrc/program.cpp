@@ -254,7 +254,7 @@ void Program::run(Step& step, Worker& worker) {
     enter(step, worker, apart);
     begin(step, worker);
     const bool timed = worker.index == 0 && !step.seconds.empty();
-    double last = step.started;
+    double last = timed ? step.started : 0;
     for (size_t i = 0; i < instructions_.size(); ++i) {
         const bool next_apart = instructions_[i]->space(*this) == RowSpace::all ? apart : logits_apart;
         if (next_apart != worker.apart()) {

@@ -218,7 +218,7 @@ class Net:
 
 def samples_of(*temperatures: float, logits: bool = True) -> np.ndarray:
     samples = np.zeros(len(temperatures), SAMPLE)
-    samples["temperature"], samples["top_p"], samples["slot"] = temperatures, 1, np.arange(len(temperatures)) % 4
+    samples["temperature"], samples["top_p"], samples["slot"] = temperatures, 1, [0, 1, 2, 3, *[-1] * 4][: len(samples)]
     samples["choose"], samples["logits"], samples["seed"] = 1, logits, 11
     return samples
 
