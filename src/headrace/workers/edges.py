@@ -33,6 +33,7 @@ class Edges:
         self._edges: dict[int, Receiver | Sender] = {}
         self.within: list[int] = []  # those to other ranks of the replica
         self._opened: deque[tuple[Connect, Receiver | Sender | None, str]] = deque()
+        self._opening: set[int] = set()  # by threads
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
@@ -43,6 +44,7 @@ class Edges:
         if order.transport == "shm":
             self._add(order, _open(order, ShmFds(*fds)), "")
             return
+        self._opening.add(order.edge)
         threading.Thread(target=self._open_far, args=(order,), daemon=True).start()
 
     def _open_far(self, order: Connect) -> None:
@@ -82,7 +84,13 @@ class Edges:
         with suppress(BlockingIOError):
             os.eventfd_read(self._bell)
         while self._opened:
-            self._add(*self._opened.popleft())
+            order, end, error = self._opened.popleft()
+            if order.edge in self._opening:
+                self._opening.discard(order.edge)
+                self._add(order, end, error)
+            elif end is not None:  # nobody wants it any more
+                with suppress(HeadraceError):
+                    end.close()
 
     def _add(self, order: Connect, end: Receiver | Sender | None, error: str) -> None:
         if end is not None:
@@ -110,6 +118,7 @@ class Edges:
         self._say(Torn(edge))
 
     def close(self, edge: int) -> None:
+        self._opening.discard(edge)
         end = self._edges.pop(edge, None)
         if end is None:
             return
