@@ -10,16 +10,19 @@ import msgspec
 from .assemble import Model, open_model, resolve_settings, scheduler_config
 from .config import Resolved, Settings
 from .engine import Engine
+from .errors import ConfigError, ModelFileError
+from .formats.fingerprint import fingerprint
 from .grammar.compiled import Grammars
 from .kernels import choose_ops
 from .kernels.native import Limits
+from .kernels.ops import Group
 from .kernels.reference import ReferenceOps
 from .memory.kv import PoolShape, kv_format
 from .model.decoder import Decoder
 from .model.shares import Share, split
 from .model.spec import KVGroup
 from .model.weights import column_blocks, load_weights
-from .parallel.group import GroupSizes, SharedGroup
+from .parallel.group import GroupSizes
 from .plan.partition import mixed_costs
 from .plan.plan import Plan
 from .schedule.pages import Pages
@@ -27,6 +30,8 @@ from .schedule.routes import Routes
 from .schedule.scheduler import Scheduler
 from .trace import Trace
 from .workers.control import Place, Start
+from .workers.lobby import Lobby
+from .workers.pace import MOST, Pace
 from .workers.residents import Residents
 from .workers.runner import NativeRunner, Runner
 from .workers.staged import Layout, StagedExecutor
@@ -34,10 +39,9 @@ from .workers.staged import Layout, StagedExecutor
 FEWEST_ROWS = 64  # of a step, however many stages share out a prompt
 
 
-def read_plan(text: str, model: Model) -> Plan:
-    """The plan that a setting names, with nothing left open. Raises ConfigError."""
-    plan, cores = Plan.parse(text, model.spec), sorted(os.sched_getaffinity(0))
-    return plan.resolve(model.spec, mixed_costs(model.spec, model.file), cores)
+def resolve_plan(plan: Plan, model: Model) -> Plan:
+    """A plan with nothing left open. Raises ConfigError."""
+    return plan.resolve(model.spec, mixed_costs(model.spec, model.file), sorted(os.sched_getaffinity(0)))
 
 
 # The coordinator
@@ -47,9 +51,12 @@ def build_split_engine(model: Model, settings: Settings) -> tuple[Engine, Resolv
     """Start the plan's processes, and wait until all have loaded their parts."""
     parts = _Parts(model, settings)
     trace = Trace()
-    executor = StagedExecutor(parts.layout(), trace)
+    executor = StagedExecutor(parts.layout(), trace, parts.lobby())
     executor.wait_ready()
-    engine = Engine(Scheduler(scheduler_config(parts.resolved), parts.routes()), executor, trace)
+    routes = parts.routes()
+    if parts.paced:
+        executor.pace = Pace(routes, len(parts.plan.stages))
+    engine = Engine(Scheduler(scheduler_config(parts.resolved), routes), executor, trace)
     engine.tend()
     return engine, parts.resolved
 
@@ -59,13 +66,17 @@ class _Parts:
 
     def __init__(self, model: Model, settings: Settings) -> None:
         assert settings.plan is not None
-        self.model, self.plan = model, read_plan(settings.plan, model)
+        asked = Plan.parse(settings.plan, model.spec)
+        self.model, self.plan = model, resolve_plan(asked, model)
         stages = len(self.plan.stages)
-        self.in_flight = settings.steps_in_flight if stages == 1 else (self.plan.micro_batches or stages) + 1
+        self.paced = stages > 1 and asked.micro_batches is None
+        self.parts = 1 if stages == 1 else self.plan.micro_batches or stages
+        self.in_flight = settings.steps_in_flight if stages == 1 else self.parts + 1
+        most_in_flight = MOST + 1 if self.paced else self.in_flight
         rows = settings.max_batch_tokens
         if stages > 1:  # a long prompt is cut so that its parts fill the stages
             rows = min(rows, max(FEWEST_ROWS, rows // stages))
-        self.settings = msgspec.structs.replace(settings, max_batch_tokens=rows, steps_in_flight=self.in_flight)
+        self.settings = msgspec.structs.replace(settings, max_batch_tokens=rows, steps_in_flight=most_in_flight)
         self._ops = choose_ops(settings.kernels, 1, settings.activations)
         resolved = resolve_settings(model, self.settings, self._ops, self._shapes)
         threads = sum(rank.threads or 1 for stage in self.plan.stages for one in stage.replicas for rank in one.ranks)
@@ -107,7 +118,7 @@ class _Parts:
 
     def routes(self) -> Routes:
         def maker(stage: int) -> Callable[[], list[Pages]]:
-            ahead = self.in_flight * self.resolved.max_batch_tokens
+            ahead = self.resolved.steps_in_flight * self.resolved.max_batch_tokens
             pools = list(zip(self._pages_of(stage)[1], self._groups(stage), strict=True))
             return lambda: [Pages(pages, self.resolved.page_size, group.window, ahead) for pages, group in pools]
 
@@ -116,9 +127,22 @@ class _Parts:
             [maker(stage) for stage in range(stages)],
             routing=self.plan.routing,
             depth=self.in_flight,
-            parts=1 if stages == 1 else self.in_flight - 1,
+            parts=self.parts,
             late=stages == 1,
         )
+
+    def lobby(self) -> Lobby | None:
+        """Where workers of the hosts that the plan names join."""
+        hosts = {replica.host for stage in self.plan.stages for replica in stage.replicas if replica.host is not None}
+        names, listen, secret_file = ", ".join(sorted(hosts)), self.settings.listen, self.settings.secret_file
+        if not hosts:
+            if listen is not None:
+                raise ConfigError(f"listen is for workers of other hosts, and the plan {self.plan} names none (@name)")
+            return None
+        if listen is None or secret_file is None:
+            lacking = "listen (host:port)" if listen is None else "secret_file"
+            raise ConfigError(f"the plan has replicas on {names}, whose workers join over the network: give {lacking}")
+        return Lobby(listen, secret_file, hosts)
 
     def layout(self) -> Layout:
         spec, resolved = self.model.spec, self.resolved
@@ -156,13 +180,16 @@ class _Parts:
 # A rank
 
 
-def build_rank(start: Start, group: int | None) -> Runner | NativeRunner:
-    """Load what a rank holds, in its process. `group` is the descriptor of what the replica's ranks share."""
+def build_rank(start: Start, group: Group | None) -> Runner | NativeRunner:
+    """Load what a rank holds, in its process. `group`: the ranks of its replica. ModelFileError where the model's files
+    are others than the coordinator's."""
     model, settings, place = open_model(start.model), start.settings, start.place
+    if start.fingerprint and (ours := fingerprint(model.path)) != start.fingerprint:
+        problem = f"is another model than the coordinator's: {ours} here, {start.fingerprint} there; copy it here"
+        raise ModelFileError(model.path, "file", problem)
     spec, layers, ends = model.spec, range(*start.layers), place.stage == place.stages - 1
     share = split(spec, place.ranks, column_blocks(model.file, spec))[place.rank] if place.ranks > 1 else None
-    shared = None if group is None else SharedGroup(group, place.rank)
-    ops = choose_ops(settings.kernels, start.threads, settings.activations, shared)
+    ops = choose_ops(settings.kernels, start.threads, settings.activations, group)
     decoder = Decoder(spec, load_weights(model.file, spec, ops, layers, share), layers, start.max_context, share)
     kv_heads = len(share.kv_heads) if share else spec.kv_heads
     caches = [

@@ -69,6 +69,12 @@ class Routes:
             self.paths.append(path)
         self.paths.sort(key=lambda path: path.key)
 
+    def pace(self, parts: int) -> None:
+        """From now on let so many steps of a path fill its stages, and one more wait."""
+        self._parts, self._depth = parts, parts + 1
+        for path in self.paths:
+            path.parts, path.depth = self._parts, self._depth
+
     def through(self, replica: Replica) -> list[Path]:
         """The paths that a replica is on."""
         stage, number = replica
