@@ -490,6 +490,74 @@ def load(
         write_load(done, json_file)
 
 
+@app.command()
+def chaos(
+    model: Annotated[str, typer.Argument(help="The model.")] = DEFAULT_MODEL,
+    plan: Annotated[str, typer.Option(help="How it is split, as a notation or a file.")] = "0-14 x2 | 15-29",
+    requests: Annotated[int, typer.Option(help="Requests of a round, of at most 128 + 64 tokens.")] = 200,
+    concurrency: Annotated[int, typer.Option(help="Requests that run at once.")] = 16,
+    every: Annotated[float, typer.Option(help="Seconds between two blows.")] = 2.0,
+    blows: Annotated[int, typer.Option(help="Go on with the requests until there were so many.")] = 6,
+    seed: Annotated[int, typer.Option(help="Of requests, and of whom it hits.")] = 0,
+    schedule: Annotated[
+        Path | None,
+        typer.Option(help="Blows from a file: lines of time, stage, replica, rank, signal.", show_default=False),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here.", show_default=False)
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write a trace for Perfetto here.", show_default=False)
+    ] = None,
+    kernels: Kernels = "auto",
+) -> None:
+    """Kill and stop workers while they answer, and check that every request gives the tokens of a quiet run.
+
+    Exit code 1 where one is lost, differs, or something is left over: pages, processes, descriptors, shared memory.
+    """
+    from .lab.chaos import ChaosOptions, print_chaos, read_schedule, run_chaos, write_chaos
+
+    given = read_schedule(schedule) if schedule is not None else ()
+    options = ChaosOptions(plan, requests, concurrency, every, blows, seed, given)
+    with _progress("requests") as advance:
+        report = run_chaos(model, options, advance, timeline, kernels=kernels)
+    print_chaos(report)
+    if json_file is not None:
+        write_chaos(report, json_file)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def worker(
+    join: Annotated[str, typer.Option(help="HOST:PORT at which the coordinator listens (its --listen).")],
+    secret_file: Annotated[
+        Path, typer.Option(help="File of the secret that both sides know: 16 bytes or more, mode 600.")
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="This host's name in the plan, as in @NAME [default: the system's].")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="How many: each is one rank of the plan, or waits for one.")] = 1,
+    model_dir: Annotated[
+        Path | None,
+        typer.Option(help="Look here first for a model that the coordinator names by its path.", show_default=False),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Leave when the coordinator is gone, and join no other.")] = False,
+) -> None:
+    """Lend this host to a coordinator: run, bench or serve with a plan that names it, as in --plan "0-14 | 15-29 @NAME".
+
+    Joins as soon as the coordinator is there, and again whenever the connection or a process is lost, until it is ended
+    (Ctrl-C or SIGTERM). The model must be here too, by the same alias or path; an alias is pulled where it is missing.
+
+    Nothing on the wire is encrypted, and the coordinator may have any model file read that you can read: use a network
+    that you trust, or a tunnel.
+    """
+    from .join_command import stay
+
+    folder = None if model_dir is None else str(model_dir.expanduser())
+    raise typer.Exit(stay(join, str(secret_file), name, workers, folder, once))
+
+
 @contextmanager
 def _progress(unit: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, moved by (done, all); nothing where there is no terminal to see it."""

@@ -229,6 +229,12 @@ class Scheduler:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    def on(self, replica: Replica) -> list[Sequence]:
+        """The sequences that run on a replica."""
+        stage, number = replica
+        both = [(one, one.residence) for _, one in list(self._running)]
+        return [one for one, residence in both if residence and residence.path.key[stage : stage + 1] == (number,)]
+
     @property
     def waits_for_siblings(self) -> bool:
         """Whether all who wait do so for the prompt of another sample of their request."""
