@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
 import msgspec
 
@@ -36,6 +38,7 @@ from .workers.residents import Residents
 from .workers.runner import NativeRunner, Runner
 from .workers.staged import Layout, StagedExecutor
 
+_OWN: dict[str, Any] = {"plan": None, "listen": None, "secret_file": None}  # settings that are the coordinator's
 FEWEST_ROWS = 64  # of a step, however many stages share out a prompt
 
 
@@ -144,6 +147,10 @@ class _Parts:
             raise ConfigError(f"the plan has replicas on {names}, whose workers join over the network: give {lacking}")
         return Lobby(listen, secret_file, hosts)
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.model.path)
+
     def layout(self) -> Layout:
         spec, resolved = self.model.spec, self.resolved
         return Layout(self.plan, self._start, self._group_sizes, resolved.max_batch_tokens, spec.dim)
@@ -156,14 +163,15 @@ class _Parts:
 
     def _start(self, stage: int, replica: int, rank: int) -> Start:
         own, resolved = self.plan.stages[stage], self.resolved
-        ranks = own.replicas[min(replica, len(own.replicas) - 1)].ranks
+        planned = own.replicas[min(replica, len(own.replicas) - 1)]
+        ranks, path = planned.ranks, self.model.path.absolute()
         added = replica >= len(own.replicas)  # later than the plan: it takes no cores of its own
         first_pool, pages = self._pages_of(stage)
         settings = msgspec.structs.replace(
-            self.settings, kv_dtype=resolved.kv_dtype, max_sequences=resolved.max_sequences, plan=None
+            self.settings, kv_dtype=resolved.kv_dtype, max_sequences=resolved.max_sequences, **_OWN
         )
         return Start(
-            model=str(self.model.path),
+            model=str(path) if planned.host is None or os.path.exists(self.model.name) else self.model.name,
             settings=settings,
             place=Place(stage, len(self.plan.stages), replica, rank, len(ranks)),
             layers=(own.layers.start, own.layers.stop),
@@ -171,9 +179,10 @@ class _Parts:
             first_pool=first_pool,
             max_context=resolved.max_context,
             max_logit_rows=resolved.max_logit_rows,
-            threads=ranks[rank].threads or 1,
+            threads=ranks[rank].threads or (1 if planned.host is None else 0),
             cores=() if added else ranks[rank].cores or (),
             heartbeat=self.plan.heartbeat,
+            fingerprint="" if planned.host is None else self._fingerprint,
         )
 
 

@@ -542,9 +542,9 @@ def worker(
         Path | None,
         typer.Option(help="Look here first for a model that the coordinator names by its path.", show_default=False),
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Leave when the coordinator is gone, and join no other.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Leave when the coordinator is gone.")] = False,
 ) -> None:
-    """Lend this host to a coordinator: run, bench or serve with a plan that names it, as in --plan "0-14 | 15-29 @NAME".
+    """Lend this host to a coordinator: run, bench or serve with a plan that names it (--plan "0-14 | 15-29 @NAME").
 
     Joins as soon as the coordinator is there, and again whenever the connection or a process is lost, until it is ended
     (Ctrl-C or SIGTERM). The model must be here too, by the same alias or path; an alias is pulled where it is missing.

@@ -28,8 +28,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     each "group" of 32, or (faster, coarser) for each whole "row".
     `plan`: how to split the model over processes, in the notation of plan/notation.py, or as the path of a YAML
     or JSON file; a `Plan` is taken too. `threads` is then the plan's affair.
-    `listen`: "host:port" at which workers of the hosts that a plan names join (`headrace worker`), and `secret_file`: the
-    file of the secret that they must know.
+    `listen`: "host:port" at which workers of the hosts that a plan names join (`headrace worker`), and `secret_file`:
+    the file of the secret that they must know.
     """
 
     kernels: str = "auto"

@@ -12,7 +12,9 @@ import socket
 import sys
 import threading
 
-from .errors import HeadraceError
+from .errors import ConfigError, HeadraceError
+from .kernels.ops import Group
+from .parallel.group import SharedGroup
 from .processes import die_with_parent
 from .workers.control import Failed, Ready, Start, ToRank, to_rank
 from .workers.link import Link
@@ -21,24 +23,45 @@ from .workers.worker import Worker, beat
 
 def serve(connection: socket.socket) -> None:
     """Obey the coordinator at the other end of a connection."""
-    host = "127.0.0.1" if connection.family == socket.AF_UNIX else connection.getsockname()[0]
     link: Link[ToRank] = Link(connection, to_rank)
     start = _first(link)
-    if start is None:
-        return
+    if start is not None:
+        obey(link, start, "127.0.0.1")
+
+
+def obey(link: Link[ToRank], start: Start, host: str, secret: bytes = b"") -> bool:
+    """Be the rank that a Start describes; whether it could be. `host`: the address at which others reach it, `secret`:
+    the one that it joined with, where it did."""
     threading.Thread(target=beat, args=(link, start.heartbeat), name="headrace-beat", daemon=True).start()
-    if start.cores:
-        os.sched_setaffinity(0, start.cores)
     try:
+        _pin(start.cores)
         from .assemble_split import build_rank  # slow to import, and the coordinator waits for signs of life
 
-        runner = build_rank(start, link.take_fds(1)[0] if start.place.ranks > 1 else None)
+        runner = build_rank(start, _group(link, start, host, secret) if start.place.ranks > 1 else None)
     except HeadraceError as error:
         link.send(Failed(type(error).__name__, str(error)))
-        return
-    worker = Worker(link, start.place, runner, host)
+        return False
+    worker = Worker(link, start.place, runner, host, secret)
     link.send(Ready(os.getpid()))
     worker.run()
+    return True
+
+
+def _group(link: Link[ToRank], start: Start, host: str, secret: bytes) -> Group:
+    if not secret:
+        return SharedGroup(link.take_fds(1)[0], start.place.rank)
+    from .workers.mesh import meet
+
+    return meet(link, start, host, secret)
+
+
+def _pin(cores: tuple[int, ...]) -> None:
+    try:
+        if cores:
+            os.sched_setaffinity(0, cores)
+    except OSError:
+        own = sorted(os.sched_getaffinity(0))
+        raise ConfigError(f"the plan puts a rank on cores {cores}, this process may use {own}; change one") from None
 
 
 def _first(link: Link[ToRank]) -> Start | None:
@@ -51,8 +74,7 @@ def _first(link: Link[ToRank]) -> Start | None:
 
 
 def main() -> None:
-    if "--die-with-parent" in sys.argv:
-        die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to handle
     serve(socket.socket(fileno=int(sys.argv[1])))
 

@@ -41,7 +41,7 @@ MAX_MICRO_BATCHES = 64
 MIN_HEARTBEAT, MAX_HEARTBEAT = 0.05, 60.0  # seconds
 MAX_FILE_BYTES = 1 << 18
 
-_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})")
+HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})")
 
 
 class PlanError(ConfigError, ValueError):
@@ -112,7 +112,7 @@ class Replica(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         cores = [core for rank in ranks for core in rank.cores or ()]
         if len(set(cores)) < len(cores):
             raise PlanError(f"cores: two ranks of a replica are on core {_twice(cores)}; give each rank its own cores")
-        if self.host is not None and not (isinstance(self.host, str) and _HOST.fullmatch(self.host)):
+        if self.host is not None and not (isinstance(self.host, str) and HOST_NAME.fullmatch(self.host)):
             raise PlanError(f"host must be a name of 1 to 253 letters, digits, '.', '_' and '-', got {self.host!r:.80}")
 
 
@@ -161,9 +161,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     """A model's stages, from its first layer on without a gap, and how they work together. `str(plan)` is its notation.
 
     `channel`: what carries hidden states, for all edges between neighbouring stages or for each ("auto": shared memory
-    on the coordinator's host, TCP elsewhere). `routing`: how a new sequence chooses its path. `lost`: whether requests wait or
-    fail while some stage has no replica. `micro_batches`: steps in flight on each path. `heartbeat`: seconds of silence
-    after which a worker counts as dead.
+    on the coordinator's host, TCP elsewhere). `routing`: how a new sequence chooses its path. `lost`: whether requests
+    wait or fail while some stage has no replica. `micro_batches`: steps in flight on each path. `heartbeat`: seconds of
+    silence after which a worker counts as dead.
 
     PlanError (a ConfigError) where something is out of bounds or does not fit together.
     """

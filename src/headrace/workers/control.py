@@ -3,7 +3,8 @@
 coordinator ─▶ rank   Start, Connect, Run, Skip, Reset, Disconnect, Stop
 rank ─▶ coordinator   Beat, Ready, Listening, Connected, Torn, Answer, Spans, Broke
 
-One that joins from another host says Hello first, waits for its Start, and answers each Ping with a Pong.
+One that joins from another host says Hello first, waits for its Start, and answers each Ping with a Pong. The ranks of
+a replica there find each other by Meets and Mesh.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):
     first_pool: int  # its place in a path
     max_context: int
     max_logit_rows: int
-    threads: int
+    threads: int  # 0: left open until it is known how many cores there are
     cores: tuple[int, ...]  # empty: wherever the system likes
     heartbeat: float  # seconds of silence after which the rank counts as dead
     fingerprint: str = ""  # of the model's files, for a rank on another host
@@ -102,6 +103,16 @@ class Ping(msgspec.Struct, frozen=True, tag=True, array_like=True):
     time: float  # of the coordinator's clock
 
 
+class Mesh(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Join the other ranks of the replica: `addresses`: where each listens for this one; `sizes`: of the GroupSizes."""
+
+    name: str
+    addresses: dict[int, tuple[str, int]]
+    sizes: tuple[int, ...]
+    salt: bytes
+    patience: float
+
+
 class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A worker that joined is not wanted."""
 
@@ -115,6 +126,12 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
     name: str
     cores: int
     pid: int
+
+
+class Meets(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Where this rank listens for each of the others of its replica."""
+
+    addresses: dict[int, tuple[str, int]]
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -172,8 +189,8 @@ class Broke(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: str
 
 
-ToRank = Start | Connect | Disconnect | Run | Skip | Reset | Stop | Ping | Refused
-FromRank = Beat | Ready | Failed | Listening | Connected | Torn | Answer | Spans | Broke | Hello | Pong
+ToRank = Start | Connect | Disconnect | Run | Skip | Reset | Stop | Ping | Mesh | Refused
+FromRank = Beat | Ready | Failed | Listening | Connected | Torn | Answer | Spans | Broke | Hello | Meets | Pong
 
 encoder = msgspec.msgpack.Encoder(enc_hook=encode_array)
 to_rank = msgspec.msgpack.Decoder(ToRank, dec_hook=decode_array)

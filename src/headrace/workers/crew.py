@@ -7,25 +7,54 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, TypeVar
+
+from msgspec.structs import replace
 
 from ..schedule.routes import Replica
+from ..trace import StageSpan
+from ..types import StepResult
+from .clock import Clock
 from .control import FromRank, Start, ToRank, from_rank
 from .link import Link
 
+T = TypeVar("T", StageSpan, StepResult)
 State = Literal["starting", "connecting", "ready", "gone"]
 
+_TIMES = ("received", "hidden", "started", "ended", "sent")
 REAP_SECONDS = 5.0
+EXIT_SECONDS = 0.2  # that a process which has hung up takes at most to be gone
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+PAUSES = (0.0, 0.1, 0.5, 2.0, 5.0)  # seconds before another start, by how many have failed in a row
+MAX_STARTS = len(PAUSES)
+KILLED_PAUSE = 2  # the longest of PAUSES where starts were ended from outside: that is no fault of theirs
+
+
+@dataclass(frozen=True)
+class Tries:
+    """Starts of a replica since it last was there: how many, and how many of them failed by themselves."""
+
+    all: int = 0
+    failed: int = 0
+
+    def again(self, killed: bool) -> Tries:
+        return Tries(self.all + 1, self.failed + (not killed))
+
+    @property
+    def pause(self) -> float:
+        return PAUSES[min(max(self.failed, min(self.all, KILLED_PAUSE)), MAX_STARTS - 1)]
 
 
 @dataclass(eq=False)
 class Rank:
-    """One process, or one that joined from another host, where there is none to see."""
+    """One process, or one that joined from another host, where there is none to see. Of such a one `here` is our
+    address as it reaches us, and `there` its own."""
 
     link: Link[FromRank]
     process: subprocess.Popen[bytes] | None
@@ -33,12 +62,32 @@ class Rank:
     beating: bool = False
     ready: bool = False
     pid: int = 0
-    offset: float = 0.0  # our clock less its own, seconds
+    cores: int = 0  # that it may use, where it joined
+    here: str = ""
+    there: str = ""
+    clock: Clock = field(default_factory=Clock)
+    meets: dict[int, tuple[str, int]] = field(default_factory=dict)  # where it listens for its replica's other ranks
 
     def kill(self) -> None:
         if self.process is not None and self.process.poll() is None:
             with suppress(ProcessLookupError):
                 self.process.kill()
+
+    @property
+    def killed(self) -> bool:
+        """Whether a signal from outside ended it, or stopped it."""
+        if self.process is None:
+            return True
+        code = self.process.poll()
+        return _is_stopped(self.process.pid) if code is None else -code in FROM_OUTSIDE
+
+    def our_time(self, timed: T) -> T:
+        """A result or span of this rank's, by our clock."""
+        offset = self.clock.offset
+        if not offset:
+            return timed
+        times = {name: getattr(timed, name) for name in _TIMES if hasattr(timed, name)}
+        return replace(timed, **{name: time + offset for name, time in times.items() if time})
 
     def reap(self) -> None:
         if self.process is not None:
@@ -51,22 +100,30 @@ class Crew:
     crew."""
 
     def __init__(
-        self, key: Replica, starts: Sequence[Start], group: int | None, guests: Sequence[socket.socket]
+        self,
+        key: Replica,
+        starts: Sequence[Start],
+        group: int | None,
+        starter: ThreadPoolExecutor,
+        guests: Sequence[Rank] = (),
     ) -> None:
-        """Start its processes; `group` is the descriptor of their shared memory. With `guests`, connections to
-        processes on other hosts, those are its ranks."""
+        """Start its processes, in the one thread of `starter`: they die with the thread that started them. `group` is
+        the descriptor of their shared memory. With `guests`, processes that joined from another host, those are its
+        ranks."""
         self.key, self.state = key, "starting"
         self.began = time.monotonic()
         self.drops: list[int] = []  # handles that it may forget, to be told with its next step
         self.opening: set[int] = set()  # edges that are yet to be opened
+        self.host: str | None = None
         self.joined = False
-        self.failed = 0  # starts before this one that failed, since one succeeded
+        self.tries = Tries()
         self.error = ""
         fds = () if group is None else (group,)
         self.ranks: list[Rank] = []
         try:
             for index, start in enumerate(starts):
-                rank = _spawn() if not guests else Rank(Link(guests[index], from_rank), None, self.began)
+                rank = guests[index] if guests else _spawn(starter)
+                rank.heard = self.began
                 self.ranks.append(rank)
                 rank.link.send(start, fds)
         except BaseException:
@@ -83,15 +140,19 @@ class Crew:
         for rank in self.ranks:
             rank.link.send(message)
 
-    def why(self) -> str:
-        """How its processes ended, as far as that is known."""
-        codes = [rank.process.poll() for rank in self.ranks if rank.process is not None]
-        for code in codes:
-            if code is not None and code < 0:
-                return f"was ended by {signal.Signals(-code).name}"
-            if code is not None:
-                return f"ended with code {code}"
+    def why(self, rank: Rank) -> str:
+        """How the process of a rank that hung up ended, as far as that is known."""
+        if rank.process is None:
+            return "hung up"
+        with suppress(subprocess.TimeoutExpired):
+            code = rank.process.wait(EXIT_SECONDS)
+            return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return "hung up"
+
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended, or stopped, from outside; to be asked before `end`."""
+        return any(rank.killed for rank in self.ranks)
 
     def end(self) -> None:
         """Kill what is left, and let go of it."""
@@ -103,16 +164,19 @@ class Crew:
             rank.reap()
 
 
-def _spawn() -> Rank:
+def _spawn(starter: ThreadPoolExecutor) -> Rank:
     ours, theirs = socket.socketpair()
     module = __name__.removesuffix("workers.crew") + "worker_process"
-    command = [sys.executable, "-m", module, str(theirs.fileno())]
-    if threading.current_thread() is threading.main_thread():  # Linux means the thread that started it
-        command.append("--die-with-parent")
     with theirs:
-        process = subprocess.Popen(
-            command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
+        start = partial(
+            subprocess.Popen,
+            [sys.executable, "-m", module, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=_environment(),
         )
+        process = starter.submit(start).result()
     return Rank(Link(ours, from_rank), process, time.monotonic(), pid=process.pid)
 
 
@@ -120,3 +184,10 @@ def _environment() -> dict[str, str]:
     """This process's own, so that the rank imports the same modules; numpy's threads would only be in the way."""
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ}
     return {**os.environ, **threads}
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process, as far as the system tells."""
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] == b"T"
+    return False

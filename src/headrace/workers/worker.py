@@ -25,7 +25,9 @@ from .control import (
     Broke,
     Connect,
     Disconnect,
+    Ping,
     Place,
+    Pong,
     Reset,
     Run,
     Skip,
@@ -37,6 +39,7 @@ from .edges import Edges
 from .link import Link
 from .runner import Launched, NativeRunner, Prepared, Runner
 
+ALONE_STEPS = 16
 AHEAD = 2  # steps launched and not yet taken in
 BEATS = 4  # in the time after which silence counts as death
 MAX_EARLY = 256  # hidden states that came before their steps
@@ -58,10 +61,12 @@ class _Waiting:
 class Worker:
     """Obeys a coordinator until its link closes."""
 
-    def __init__(self, link: Link[ToRank], place: Place, runner: Runner | NativeRunner, host: str) -> None:
+    def __init__(
+        self, link: Link[ToRank], place: Place, runner: Runner | NativeRunner, host: str, secret: bytes = b""
+    ) -> None:
         self._link, self._place, self._runner = link, place, runner
         self._ends, self._leads = place.stage == place.stages - 1, place.rank == 0
-        self._edges = Edges(host, link.send)
+        self._edges = Edges(host, link.send, secret)
         self._waiting: dict[int, _Waiting] = {}  # for their hidden states, by step
         self._early: dict[int, np.ndarray] = {}  # hidden states before their steps
         self._unwanted: set[int] = set()  # steps whose hidden states may still come
@@ -71,16 +76,22 @@ class Worker:
         self._spans: list[StageSpan] = []
         self._reported = 0.0
         self._running = True
+        self._since_company = 0  # steps, since one was there while another was
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # rings when a step is done
         runner.ring(self._bell)
 
     def run(self) -> None:
         while self._running and not self._link.closed:
-            while self._launched and self._launched[0][1].done():
+            while self._launched and (self._alone or self._launched[0][1].done()):
                 self._take_in(*self._launched.popleft())
             while self._ready and len(self._launched) < AHEAD:
                 self._launch(self._ready.popleft())
-            self._listen(wait=not (self._launched and self._launched[0][1].done()))
+            self._listen(wait=not (self._launched and (self._alone or self._launched[0][1].done())))
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no other step has come lately while one was computed. Then to wait for that alone is faster."""
+        return self._since_company > ALONE_STEPS and len(self._launched) == 1 and not self._ready
 
     # What comes
 
@@ -118,6 +129,8 @@ class Worker:
                 self._edges.close(edge)
         elif isinstance(message, Reset):
             self._reset(message.number)
+        elif isinstance(message, Ping):
+            self._link.send(Pong(message.time, time.monotonic()))
         elif isinstance(message, Stop):
             self._running = False
 
@@ -193,6 +206,7 @@ class Worker:
 
     def _take_in(self, waiting: _Waiting, launched: Launched) -> None:
         """Wait for a step, and pass on what it gave."""
+        self._since_company = 0 if self._launched or self._ready or self._waiting else self._since_company + 1
         run, place, sent = waiting.run, self._place, 0.0
         try:
             output = self._output(launched)
@@ -223,6 +237,9 @@ class Worker:
 def beat(link: Link[ToRank], silence: float) -> None:
     """In a thread: give signs of life, and end the process when its coordinator is gone, whatever it waits for."""
     while not link.closed:
-        link.send(Beat(time.monotonic()))
+        if link.unsent:
+            link.flush()
+        else:
+            link.send(Beat(time.monotonic()))
         time.sleep(silence / BEATS)
     os._exit(1)

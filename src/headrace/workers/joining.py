@@ -1,0 +1,82 @@
+"""A worker's way to a coordinator: connect, prove the secret, say Hello, wait for a Start."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .. import __version__
+from ..errors import ChannelError, HeadraceError
+from ..parallel.joining import JOIN_LABEL, parse_address, read_secret, watch
+from ..parallel.tcp import connect
+from .control import Hello, Ping, Pong, Refused, Start, ToRank, to_rank
+from .link import Link
+
+CONNECT_SECONDS = 5.0
+VANISHED_SECONDS = 5.0  # after which a coordinator that does not acknowledge anything counts as gone
+PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds between two attempts: twice as long each time
+
+
+class Joined(NamedTuple):
+    """What came of it; `connection` is the link's, which owns it."""
+
+    start: Start
+    link: Link[ToRank]
+    connection: socket.socket
+    secret: bytes
+
+
+def join(address: str, secret_file: str, name: str, say: Callable[[str], None] | None = None) -> Joined:
+    """Try until a coordinator at "host:port" has work for this worker, of the host `name`. `say` hears what happens,
+    the same thing once. The secret is read for each attempt. ConfigError where address or secret file are wrong at the
+    beginning."""
+    where = parse_address(address, "--join")
+    read_secret(secret_file)
+    say, told, pause = say or _say, "", PAUSE
+    while True:
+        try:
+            connection = connect(where, secret := read_secret(secret_file), JOIN_LABEL, CONNECT_SECONDS)
+            watch(connection, VANISHED_SECONDS)
+            link: Link[ToRank] = Link(connection, to_rank)
+            link.send(Hello(__version__, name, len(os.sched_getaffinity(0)), os.getpid()))
+            say(f"joined {address} as a worker of {name}")
+            told, pause = "", PAUSE
+            start = _wait(link)
+            return Joined(start, link, connection, secret)
+        except (HeadraceError, OSError) as error:
+            if told != str(error):
+                told = str(error)
+                say(f"{told}; trying on")
+        time.sleep(pause * random.uniform(0.7, 1.3))
+        pause = min(LONGEST_PAUSE, 2 * pause)
+
+
+def _wait(link: Link[ToRank]) -> Start:
+    """Answer pings until a Start comes. ChannelError where none will."""
+    try:
+        while not link.closed:
+            select.select([link], [link] if link.unsent else [], [])
+            link.flush()
+            for message in link.receive():
+                if isinstance(message, Start):
+                    return message
+                if isinstance(message, Ping):
+                    link.send(Pong(message.time, time.monotonic()))
+                elif isinstance(message, Refused):
+                    raise ChannelError(f"refused by the coordinator: {message.reason}")
+                else:
+                    raise ChannelError(f"the coordinator said {type(message).__name__} before Start")
+        raise ChannelError("the coordinator hung up")
+    except BaseException:
+        link.close()
+        raise
+
+
+def _say(text: str) -> None:
+    print(f"headrace worker: {text}", file=sys.stderr, flush=True)
