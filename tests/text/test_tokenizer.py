@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from headrace.errors import ModelFileError, RequestError, UnsupportedModelError
 from headrace.text.pre_tokenizers import PRE_TOKENIZERS
-from headrace.text.tokenizer import Tokenizer
+from headrace.text.tokenizer import LONG_TEXT, Tokenizer
 
 from . import vocabularies as v
 
@@ -407,3 +407,22 @@ def test_what_is_no_text_or_no_token(smollm2_tokenizer: Tokenizer) -> None:
         assert smollm2_tokenizer.token_bytes(outside) == b""
     assert smollm2_tokenizer.decode([-1, 2**40]) == ""
     assert smollm2_tokenizer.token_id("no such token at all") is None
+
+
+# --- long texts, which a copy encodes
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_long_texts_have_the_same_ids(
+    smollm2_tokenizer: Tokenizer, byte_level: Tokenizer, sentencepiece: Tokenizer, parse: bool
+) -> None:
+    text = "The cats' 1,234 \n\n▁hats, é and 👩\u200d <|im_end|> <s> </s>  once more\t" * 200
+    assert len(text) > LONG_TEXT
+    for tokenizer in (smollm2_tokenizer, byte_level, sentencepiece):
+        backend = tokenizer._backend
+        backend.encode_special_tokens = not parse
+        for special in (True, False):
+            ids = tokenizer.encode(text, add_special=special, parse_special=parse)
+            assert ids == backend.encode(text, add_special_tokens=special).ids
+        with pytest.raises(RequestError, match="lone surrogate"):
+            tokenizer.encode(text + "\ud800")

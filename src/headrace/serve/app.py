@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import ConfigError, HeadraceError
 from . import page
 from .bodies import (
+    CHARACTERS_PER_TOKEN,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -25,7 +26,9 @@ from .bodies import (
     ScoreBody,
     TokenizeBody,
     chat_job,
+    check_length,
     completion_job,
+    conversation_size,
     parse,
     score_job,
 )
@@ -250,6 +253,8 @@ class Server:
         llm = self.models.usable(body.model).llm
         if (body.prompt is None) == (body.messages is None):
             raise Fault(400, "give either prompt or messages", param="prompt")
+        size = conversation_size(body.messages) if body.messages is not None else len(body.prompt or "")
+        check_length(llm, size, CHARACTERS_PER_TOKEN, "messages" if body.messages is not None else "prompt")
         if body.messages is not None:
             ids = await asyncio.to_thread(llm.ready().chat_ids, body.messages)
         else:

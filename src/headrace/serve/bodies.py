@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from ..async_llm import AsyncLLM
-from ..types import Kind, SamplingParams
+from ..text.tokenizer import LONG_TEXT
+from ..types import MAX_BIASES, Kind, SamplingParams
 from .faults import Fault
 from .parser import TextParser
 from .structured import grammar_of
@@ -25,7 +26,6 @@ MAX_CHOICES = 128
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_LOGPROB_ENTRIES = 1 << 20  # of a request: they are kept until it ends, at some 100 bytes each
 CHARACTERS_PER_TOKEN = 256  # more than any vocabulary needs: a longer text cannot fit, and is not encoded to find out
-LONG_TEXT = 8192  # characters above which encoding leaves the event loop
 _TOKEN_ID = re.compile("-?[0-9]{1,20}")
 
 
@@ -221,8 +221,8 @@ async def chat_job(body: ChatBody, llm: AsyncLLM, tool_parser: str = "auto") -> 
                     400, f"message {index} has a part that is no text; only text is understood", param="messages"
                 )
     box = toolbox(body.tools, body.tool_choice, body.parallel_tool_calls, dialect_for(tool_parser, llm.tokenizer))
-    size = sum(len(str(message.get("content", ""))) for message in body.messages) + (len(str(box.tools)) if box else 0)
-    _check_length(llm, size, CHARACTERS_PER_TOKEN, "messages")
+    size = conversation_size(body.messages, box.tools if box else ())
+    check_length(llm, size, CHARACTERS_PER_TOKEN, "messages")
     messages, tools = body.messages, box.tools if box else None
     if not knows_tools(llm.tokenizer):
         messages, tools = as_messages(messages, tools or ()), None
@@ -269,6 +269,9 @@ def _params(body: Body, **own: Any) -> SamplingParams:
     if body.stop:
         given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.logit_bias:
+        if len(body.logit_bias) > MAX_BIASES:
+            raise Fault(400, f"logit_bias has {len(body.logit_bias)} entries; at most {MAX_BIASES} can be given",
+                        param="logit_bias")  # fmt: skip
         if not all(_TOKEN_ID.fullmatch(token) for token in body.logit_bias):
             raise Fault(400, "logit_bias must map token ids to numbers", param="logit_bias")
         given["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
@@ -315,11 +318,16 @@ async def _prompts(llm: AsyncLLM, given: Prompts) -> list[list[int]]:
     for index, prompt in enumerate(many):
         if not prompt:
             raise Fault(400, f"prompt {index} is empty; give at least one token", param="prompt")
-        _check_length(llm, len(prompt), 1 if isinstance(prompt, list) else CHARACTERS_PER_TOKEN, "prompt")
+        check_length(llm, len(prompt), 1 if isinstance(prompt, list) else CHARACTERS_PER_TOKEN, "prompt")
     return [await _encode(encode, prompt, len(prompt)) for prompt in many]
 
 
-def _check_length(llm: AsyncLLM, length: int, per_token: int, param: str) -> None:
+def conversation_size(messages: Sequence[Any], tools: Sequence[Any] = ()) -> int:
+    """Bytes of a conversation as JSON: all that a template could write."""
+    return len(msgspec.json.encode([messages, tools]))
+
+
+def check_length(llm: AsyncLLM, length: int, per_token: int, param: str) -> None:
     """Refuse what cannot fit before any work is done on it."""
     if length > (most := llm.config.max_context * per_token):
         unit = "tokens" if per_token == 1 else "characters"

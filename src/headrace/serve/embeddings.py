@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..text.tokenizer import LONG_TEXT
 from .async_encoder import AsyncEncoder
-from .bodies import CHARACTERS_PER_TOKEN, LONG_TEXT, EmbeddingBody
+from .bodies import CHARACTERS_PER_TOKEN, EmbeddingBody
 from .faults import Fault
 
 MAX_TEXTS = 2048  # of a request, as OpenAI's own

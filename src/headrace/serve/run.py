@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import socket
@@ -44,6 +45,7 @@ def run(options: ServeOptions) -> None:
     """Serve until told to stop. Raises ConfigError where the port, the keys, the log or the certificate are not
     usable, and what loading a model raises."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a long text is one anyway, and it warns at every fork
     handler = set_up(options.log_file, options.log_level)
     try:
         uvloop.run(Process(options, handler).main())

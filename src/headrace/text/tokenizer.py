@@ -14,6 +14,8 @@ from .gguf import read_gguf
 from .parts import TokenizerParts
 from .wordpiece import CONTINUED
 
+LONG_TEXT = 8192  # characters
+
 # Tokens that end a turn or a text in the chat formats in use. A file names one or two of them at most, so a special
 # token spelled like this ends generation even where the file does not say so.
 END_TEXTS = (
@@ -41,6 +43,8 @@ class Tokenizer:
     def __init__(self, parts: TokenizerParts) -> None:
         self._backend = parts.backend
         self._lock = threading.Lock()  # guards the backend's special-token switch during an encode
+        self._beside: Any = None  # a copy for long texts
+        self._beside_lock = threading.Lock()
         self._special_ids = parts.special_ids
         self.vocab_size: int = parts.backend.get_vocab_size(with_added_tokens=True)
         self.bos_id = parts.bos_id
@@ -68,9 +72,11 @@ class Tokenizer:
         """Token ids of `text`; with `add_special` between the begin and end tokens that the model asks for.
 
         A special token's name inside `text` is ordinary text unless `parse_special`. Raises RequestError where `text`
-        is not valid Unicode (a lone surrogate).
+        is not valid Unicode (a lone surrogate). While a text above LONG_TEXT is encoded, other threads run on.
         """
         try:
+            if len(text) > LONG_TEXT:
+                return self._encode_beside(text, add_special, parse_special)
             with self._lock:
                 if self._backend.encode_special_tokens is parse_special:
                     self._backend.encode_special_tokens = not parse_special
@@ -83,6 +89,14 @@ class Tokenizer:
                 f"the text is not valid Unicode: character {where} of {len(text)} is a lone surrogate; "
                 "decode its source as UTF-8 with errors='replace'"
             ) from None
+
+    def _encode_beside(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """`encode` without the interpreter's lock, and by a copy, so that nobody waits for the backend."""
+        with self._beside_lock:
+            if self._beside is None:
+                self._beside = type(self._backend).from_str(self._backend.to_str())
+            self._beside.encode_special_tokens = not parse_special
+            return self._beside.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary contribute nothing."""
