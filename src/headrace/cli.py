@@ -202,6 +202,40 @@ def info(
         print_facts(facts)
 
 
+@app.command()
+def plan(
+    plan: Annotated[str, typer.Argument(help="A plan, as in '0-14 x2 | 15-29' or '2', or its file.")] = "2",
+    model: Model = DEFAULT_MODEL,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run it, and move its cuts to where they are best.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, max=10, help="With --measure: how often to measure and cut.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="Write it as YAML or JSON.", show_default=False)] = None,
+) -> None:
+    """Show a plan with nothing left open: cuts, threads, cores, micro-batches."""
+    from .assemble import open_model
+    from .assemble_split import resolve_plan
+    from .plan.plan import Plan as ModelPlan
+
+    if measure:
+        from .lab.tune import print_tuned, tune_plan
+
+        with _progress("rounds") as advance:
+            tuned = tune_plan(model, plan, rounds, advance)
+        print_tuned(tuned)
+        found = tuned.after
+    else:
+        from rich.console import Console
+
+        from .plan.partition import mixed_costs
+
+        opened = open_model(model)
+        found = resolve_plan(ModelPlan.parse(plan, opened.spec), opened)
+        Console(highlight=False).print(found.describe(mixed_costs(opened.spec, opened.file)))
+    if output is not None:
+        found.write(output)
+
+
 @eval_app.command()
 def perplexity(
     text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
@@ -383,6 +417,39 @@ def bench_embed(
 
 
 @bench_app.command()
+def bursts(
+    plan: Annotated[str, typer.Option(help="A plan of several stages, as in '0-16 | 17-29', or its file.")] = "2",
+    model: Model = DEFAULT_MODEL,
+    sizes: Annotated[str, typer.Option(help="Micro-batches of a burst, comma-separated.")] = "1,2,4,8",
+    reps: Annotated[int, typer.Option(min=1, max=100, help="Bursts of each size; the median is shown.")] = 5,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing here.", show_default=False)
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here.", show_default=False)
+    ] = None,
+    kernels: Kernels = "auto",
+) -> None:
+    """Bubbles of a plan: bursts of equal micro-batches, empty to empty, beside what must be idle."""
+    from .lab.bursts import measure_bursts, print_bursts, write_bursts
+
+    with _progress("bursts") as advance:
+        config, found = measure_bursts(
+            model, plan, _whole_numbers("--sizes", sizes), reps, advance, timeline, kernels=kernels
+        )
+    print_bursts(config, found)
+    if json_file is not None:
+        write_bursts(config, found, json_file)
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(one) for one in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r:.80} must be whole numbers, as in 1,8,32") from None
+
+
+@bench_app.command()
 def ops(
     model: Model = DEFAULT_MODEL,
     rows: Annotated[str, typer.Option(help="Sequences in a step, comma-separated.")] = "1,8,32",
@@ -396,13 +463,16 @@ def ops(
     """Where a decode step's time goes, by instruction, beside the machine's ceilings of that moment."""
     from .lab.op_times import measure_ops, print_ops
 
-    try:
-        sizes = [int(size) for size in rows.split(",")]
-    except ValueError:
-        raise ConfigError(f"--rows {rows!r:.80} must be whole numbers, as in 1,8,32") from None
     with _progress("sizes", quiet=as_json) as advance:
         facts, profiles = measure_ops(
-            model, sizes, context, reps, advance, threads=threads, activations=activations, kv_dtype=kv_dtype
+            model,
+            _whole_numbers("--rows", rows),
+            context,
+            reps,
+            advance,
+            threads=threads,
+            activations=activations,
+            kv_dtype=kv_dtype,
         )
     if as_json:
         print(json.dumps({"config": facts, "runs": [profile.as_dict() for profile in profiles]}))
@@ -506,9 +576,7 @@ def chaos(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here.", show_default=False)
     ] = None,
-    timeline: Annotated[
-        Path | None, typer.Option(help="Write a trace for Perfetto here.", show_default=False)
-    ] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Write a trace for Perfetto here.", show_default=False)] = None,
     kernels: Kernels = "auto",
 ) -> None:
     """Kill and stop workers while they answer, and check that every request gives the tokens of a quiet run.
