@@ -6,7 +6,8 @@
 //
 // No rank ever says that it has read something. At most kOpen reductions are under way, the one whose partial sums are being made included:
 // so who makes those of reduction n has seen all ranks post n - kOpen, and they were done with n - 2 * kOpen before that. Hence twice as
-// many buffers. Every other room is written again only after a later event of the same ranks.
+// many buffers. Every other room is written again only after a later event of the same ranks. Where a step's rows are worked on in halves,
+// this holds for each half: its events are its own, and so are its rows of a buffer.
 #pragma once
 
 #include <atomic>

@@ -281,15 +281,17 @@ void Head::choose_among_ranks(Program& program, Step& step, Worker& worker, bool
 
 void ReduceStart::run(Program& program, Step& step, Worker& worker) const {
     const Slot& slot = program.slot(partial);
-    const size_t at = program.group()->layout.partial(program.buffer(slot.reduction)), size = size_t(step.rows()) * size_t(slot.width) * 4;
-    program.scratch(worker).events[size_t(slot.reduction)] = program.post(step, worker, at, size);
-    if (worker.index == 0) ++step.reductions;
+    const size_t row_bytes = size_t(slot.width) * 4, first = program.group()->layout.partial(program.buffer(slot.reduction));
+    const Range rows = step.halves[size_t(worker.half)];
+    program.scratch(worker).events[size_t(slot.reduction * 2 + worker.half)] =
+        program.post(step, worker, first + size_t(rows.first) * row_bytes, size_t(rows.count()) * row_bytes);
+    if (worker.index == 0 && worker.half == 0) ++step.reductions;
 }
 
 void ReduceWait::run(Program& program, Step& step, Worker& worker) const {
     const Slot &from = program.slot(partial), &to = program.slot(out);
     const Group& group = *program.group();
-    program.await(step, worker, program.scratch(worker).events[size_t(from.reduction)]);
+    program.await(step, worker, program.scratch(worker).events[size_t(from.reduction * 2 + worker.half)]);
     std::vector<const float*> areas(size_t(group.ranks())), parts(areas.size());
     for (int rank = 0; rank < group.ranks(); ++rank) areas[size_t(rank)] = group.partial(rank, program.buffer(from.reduction));
     each_row(worker.rows, worker, [&](int row) {

@@ -115,6 +115,7 @@ struct ReduceWait : Instruction {
 
     void run(Program& program, Step& step, Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::all; }
+    bool waits() const override { return true; }
 };
 
 // out = f(x) (+ residual)

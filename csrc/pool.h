@@ -27,6 +27,7 @@ class Worker {
 
     const int index;
     Range rows, logits;  // what its team works on: rows of a step, and indices of its logit rows
+    int half = 0;        // of the step's rows, where they are worked on in halves
 
     bool apart() const { return apart_; }
     // Every thread must do so at the same place, after a meeting.

@@ -21,8 +21,8 @@ void require(bool holds, const char* what, long long found, long long limit) {
 
 // ---- attention's units
 
-void AttentionPlan::build(const Step& step, const Worker& worker, int max_partials) {
-    auto& [units, joins, single] = parts[size_t(worker.first_of_team())];
+void AttentionPlan::build(const Step& step, const Worker& worker, int max_partials, Part& part) const {
+    auto& [units, joins, single] = part;
     units.clear();
     joins.clear();
     const int queries_a_row = heads / kv_heads;
@@ -106,7 +106,7 @@ const float* Program::keep(std::vector<float> values) {
 }
 
 int Program::plan(int group, int heads, int kv_heads, int window, bool whole) {
-    AttentionPlan plan{group, heads, kv_heads, window, whole, std::vector<AttentionPlan::Part>(size_t(pool.threads()))};
+    AttentionPlan plan{group, heads, kv_heads, window, whole, std::vector<AttentionPlan::Part>(size_t(2 * pool.threads()))};
     for (size_t i = 0; i < plans_.size(); ++i)
         if (plans_[i].same(plan)) return int(i);
     plans_.push_back(std::move(plan));
@@ -193,7 +193,7 @@ void Program::finish(SlotId hidden, SlotId output) {
         scratch.partial = (float*)take(partial_floats_ * 4);
         scratch.queries = (float*)take(size_t(kQueries) * size_t(attention_dim_) * 4);
         scratch.best.resize(size_t(limits.logits));
-        scratch.events.resize(size_t(reductions_));
+        scratch.events.resize(size_t(reductions_) * 2);
         if (routing_count_ > 0) scratch.routing.reserve(limits.rows, routing_chosen_, routing_count_);
     }
     if (routing_count_ > 0) routing_.reserve(limits.rows, routing_chosen_, routing_count_);
@@ -251,26 +251,38 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
     const bool apart = !step.shares.empty(), logits_apart = apart && !group_ && step.logits() >= kShareRows * pool.threads();
-    enter(step, worker, apart);
-    begin(step, worker);
+    for (int half = int(step.halves.size()); half-- > 0;) {
+        enter(step, worker, apart, half);
+        begin(step, worker);
+    }
     const bool timed = worker.index == 0 && !step.seconds.empty();
     double last = timed ? step.started : 0;
-    for (size_t i = 0; i < instructions_.size(); ++i) {
-        const bool next_apart = instructions_[i]->space(*this) == RowSpace::all ? apart : logits_apart;
-        if (next_apart != worker.apart()) {
+    size_t before = 0;  // the instruction that ran last
+    auto lap = [&](size_t next) {
+        if (!timed) return;
+        const double time = now();
+        step.seconds[before] += time - last;
+        last = time, before = next;
+    };
+    for (size_t first = 0, past; first < instructions_.size(); first = past) {
+        const bool next_apart = instructions_[first]->space(*this) == RowSpace::all ? apart : logits_apart;
+        const bool enters = next_apart != worker.apart();
+        if (enters) {
             worker.meet();
             enter(step, worker, next_apart);
-        } else if (i > 0 || !instructions_[i]->starts_alone()) {
-            worker.barrier();
         }
-        if (timed && i > 0) {
-            const double time = now();
-            step.seconds[i - 1] = time - last;
-            last = time;
+        past = past_segment(step, worker, first);
+        const int halves = worker.apart() ? int(step.halves.size()) : 1;
+        for (int half = 0; half < halves; ++half) {
+            if (halves > 1) enter(step, worker, true, half);
+            for (size_t i = first; i < past; ++i) {
+                if (!(enters && i == first) && (i > 0 || !instructions_[i]->starts_alone())) worker.barrier();
+                lap(i);
+                instructions_[i]->run(*this, step, worker);
+            }
         }
-        instructions_[i]->run(*this, step, worker);
     }
-    if (timed) step.seconds.back() = now() - last;
+    lap(0);
     if (worker.apart()) {
         worker.meet();
         enter(step, worker, false);
@@ -279,40 +291,64 @@ void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.ended = now();
 }
 
-void Program::enter(const Step& step, Worker& worker, bool apart) const {
+// Instructions that one half of the rows goes through before the other does: up to the next that waits for other ranks.
+size_t Program::past_segment(const Step& step, const Worker& worker, size_t first) const {
+    size_t past = first + 1;
+    if (!worker.apart() || step.halves.size() == 1) return past;
+    auto goes_on = [&] { return past < instructions_.size() && instructions_[past]->space(*this) == RowSpace::all; };
+    while (goes_on() && instructions_[past - 1]->waits()) ++past;
+    while (goes_on() && !instructions_[past]->waits()) ++past;
+    return past;
+}
+
+void Program::enter(const Step& step, Worker& worker, bool apart, int half) const {
     worker.set_apart(apart);
+    worker.half = half;
     worker.rows = {0, step.rows()}, worker.logits = {0, step.logits()};
     if (!apart) return;
-    worker.rows = {step.shares[size_t(worker.index)], step.shares[size_t(worker.index) + 1]};
+    const int* shares = step.shares.data() + size_t(half) * size_t(pool.threads() + 1);
+    worker.rows = {shares[worker.index], shares[worker.index + 1]};
     auto logit = [&](int row) { return int(std::lower_bound(step.logit_rows.begin(), step.logit_rows.end(), row) - step.logit_rows.begin()); };
     worker.logits = {logit(worker.rows.first), logit(worker.rows.past)};
 }
 
-// Gives each thread rows of about the same cost, where there are enough.
+// Gives each thread rows of about the same cost, where there are enough; and halves them first, where the sums come from other ranks.
 void Program::share_out(Step& step) const {
     const int rows = step.rows(), threads = pool.threads();
-    if (threads == 1 || !parts_ || rows < kShareRows * threads || !std::is_sorted(step.logit_rows.begin(), step.logit_rows.end())) return;
-    double of_a_row = 1, of_a_key = 0, all = 0, sum = 0;
+    const bool halved = reductions_ > 0 && parts_ && rows >= 2 * kHalfRows;
+    const int cut = halved ? rows / 2 / 16 * 16 : rows;
+    step.halves = {{0, cut}};
+    if (halved) step.halves.push_back({cut, rows});
+    if (!halved && (threads == 1 || !parts_ || rows < kShareRows * threads)) return;
+    if (!group_ && !std::is_sorted(step.logit_rows.begin(), step.logit_rows.end())) return;
+    double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)
         if (instruction->space(*this) == RowSpace::all) of_a_row += instruction->row_cost(), of_a_key += kAttentionCost * instruction->key_cost();
+    for (Range half : step.halves) add_shares(step, half, of_a_row, of_a_key);
+    for (int row : step.shares)
+        step.cuts_chunks = step.cuts_chunks || (threads > 1 && !std::binary_search(step.chunk_rows.begin(), step.chunk_rows.end(), row));
+}
+
+void Program::add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const {
+    const int threads = pool.threads();
     auto cost = [&](int row) { return of_a_row + of_a_key * (step.positions[size_t(row)] + 1); };
-    for (int row = 0; row < rows; ++row) all += cost(row);
-    step.shares = {0};
-    for (int row = 0; row < rows; ++row) {
-        if (int(step.shares.size()) < threads && sum + cost(row) / 2 >= all * double(step.shares.size()) / threads) step.shares.push_back(row);
+    double all = 0, sum = 0;
+    for (int row = rows.first; row < rows.past; ++row) all += cost(row);
+    std::vector<int> begins{rows.first};
+    for (int row = rows.first; row < rows.past; ++row) {
+        if (int(begins.size()) < threads && sum + cost(row) / 2 >= all * double(begins.size()) / threads) begins.push_back(row);
         sum += cost(row);
     }
-    step.shares.resize(size_t(threads), rows);
-    step.shares.push_back(rows);
-    for (int i = 1; i < threads; ++i)
-        step.cuts_chunks = step.cuts_chunks || !std::binary_search(step.chunk_rows.begin(), step.chunk_rows.end(), step.shares[size_t(i)]);
+    begins.resize(size_t(threads), rows.past);
+    step.shares.insert(step.shares.end(), begins.begin(), begins.end());
+    step.shares.push_back(rows.past);
 }
 
 // Whatever the instructions share: shared out without claim(), which the first instruction may use in the same phase.
 void Program::begin(Step& step, Worker& worker) {
     const int threads = worker.count(), first = worker.rows.first + worker.index - worker.first_of_team(), rows = worker.rows.past;
     for (size_t i = 0; i < plans_.size(); ++i)
-        if (worker.apart() || int(i) % threads == threads - 1 - worker.index % threads) plans_[i].build(step, worker, max_partials_);
+        if (worker.apart() || int(i) % threads == threads - 1 - worker.index % threads) plans_[i].build(step, worker, max_partials_, plans_[i].parts[part_of(worker)]);
     for (int r = first; r < rows; r += threads)
         for (const AngleTable& table : angles_)
             rows_of.rope_angles(step.positions[size_t(r)], table.inv_freq.data(), table.scale, table.half(), table.data + size_t(r) * table.inv_freq.size() * 2);

@@ -5,7 +5,8 @@
 // meet at a barrier after it. Or, where there are many rows, each thread takes some of them through all instructions alone.
 //
 // A program may be one rank's part of a model (group.h): its products then give partial sums, into the rank's area, which reductions turn
-// into whole ones.
+// into whole ones. Where there are many rows they take turns in halves from one reduction to the next: while one half's sums are on their
+// way the other is worked on, and a rank that has less of attention and more of the MLP waits for nobody.
 #pragma once
 
 #include <algorithm>
@@ -56,6 +57,8 @@ constexpr int kPrivateRows = 2;
 // With so many rows for each thread, every thread takes its own through all layers: each then reads all weights, but what it computes stays
 // in its own caches, and it waits for nobody.
 constexpr int kShareRows = 16;
+// Of a program with a group: rows of each half, at least. The same for all ranks, however many threads they have.
+constexpr int kHalfRows = 64;
 // Time of an operation of attention, in operations of products.
 constexpr double kAttentionCost = 2;
 
@@ -80,8 +83,9 @@ struct Step {
     std::vector<int32_t> chosen;      // [logits]
     std::vector<int32_t> expert_load; // of each layer of experts, rows that chose each of them
     std::vector<double> seconds;      // of each instruction on the first thread, its barrier included; empty: not measured
-    std::vector<int> shares;          // [threads + 1]: where each thread's rows begin, if they work apart; empty: they work together
-    bool cuts_chunks = false;         // a chunk's rows lie in two shares
+    std::vector<Range> halves;        // of the rows: two, or one of all
+    std::vector<int> shares;          // [halves][threads + 1]: where each thread's rows begin, if they work apart; empty: they work together
+    bool cuts_chunks = false;         // a chunk's rows lie in two threads' shares
     double started = 0, ended = 0;    // seconds, steady clock
     // Of a rank's step: reductions, bytes that it gave to the other ranks, seconds that its first thread waited for theirs.
     int reductions = 0;
@@ -126,12 +130,12 @@ struct AttentionPlan {
         std::vector<Join> joins;
         bool single = false;  // one row a chunk, and one unit for its newest key: the unit may store that key itself
     };
-    std::vector<Part> parts;  // of the team that each thread is the first of
+    std::vector<Part> parts;  // [halves][threads]: of the team that each thread is the first of
 
     bool same(const AttentionPlan& other) const {
         return group == other.group && heads == other.heads && kv_heads == other.kv_heads && window == other.window && whole == other.whole;
     }
-    void build(const Step& step, const Worker& worker, int max_partials);
+    void build(const Step& step, const Worker& worker, int max_partials, Part& part) const;
 };
 
 // cos and sin of the step's rows, for one rope table.
@@ -167,7 +171,7 @@ struct Scratch {
     float *state, *partial, *queries;
     std::vector<Best> best;  // [logits]
     uint64_t event = 0;      // the group's last event that this thread took part in
-    std::vector<uint64_t> events;  // that of each reduction of the step
+    std::vector<uint64_t> events;  // [reductions][halves]: theirs
     SampleScratch sampling;
     Routing routing;
 };
@@ -187,6 +191,8 @@ class Instruction {
     virtual double key_cost() const { return 0; }
     // False if the threads must work on its rows together.
     virtual bool parts() const { return true; }
+    // True if it waits for other ranks.
+    virtual bool waits() const { return false; }
 };
 
 class Program {
@@ -235,7 +241,8 @@ class Program {
     int rows(const Step& step, SlotId id) const { return slot(id).space == RowSpace::all ? step.rows() : step.logits(); }
     Range range(const Worker& worker, SlotId id) const { return slot(id).space == RowSpace::all ? worker.rows : worker.logits; }
     const AngleTable& angles(int id) const { return angles_[size_t(id)]; }
-    const AttentionPlan::Part& attention_plan(int id, const Worker& worker) const { return plans_[size_t(id)].parts[size_t(worker.first_of_team())]; }
+    const AttentionPlan::Part& attention_plan(int id, const Worker& worker) const { return plans_[size_t(id)].parts[part_of(worker)]; }
+    size_t part_of(const Worker& worker) const { return size_t(worker.half * pool.threads() + worker.first_of_team()); }
     Scratch& scratch(const Worker& worker) { return scratch_[size_t(worker.index)]; }
     const Scratch& scratch_of(int thread) const { return scratch_[size_t(thread)]; }
     const int32_t* own_pages() const { return own_pages_.data(); }  // 0, 1, 2, ...
@@ -257,7 +264,9 @@ class Program {
   private:
     void check(const Step& step) const;
     void share_out(Step& step) const;
-    void enter(const Step& step, Worker& worker, bool apart) const;
+    void enter(const Step& step, Worker& worker, bool apart, int half = 0) const;
+    void add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const;
+    size_t past_segment(const Step& step, const Worker& worker, size_t first) const;
     void run(Step& step, Worker& worker);
     void begin(Step& step, Worker& worker);
     void end(Step& step, Worker& worker);
@@ -271,7 +280,7 @@ class Program {
     std::vector<std::unique_ptr<Instruction>> instructions_;
     bool parts_ = true;  // all instructions do
     std::shared_ptr<Group> group_;
-    std::atomic<int> posting_[GroupLayout::buffers] = {};  // of event n at n % buffers: threads that work apart and have called post
+    std::atomic<int> posting_[2 * GroupLayout::buffers] = {};  // of event n at n % their number: threads that work apart and have called post
     int reductions_ = 0, first_buffer_ = 0;  // of the step's first reduction
     int open_ = 0, most_open_ = 1;  // reductions under way at once: group.h says why there are twice as many buffers
     std::vector<std::unique_ptr<std::vector<float>>> kept_;

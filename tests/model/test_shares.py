@@ -368,6 +368,30 @@ def test_threads_of_a_rank_change_nothing(family: Families) -> None:
         assert three.generate(TOKENS[:40], 20, greedy) == one.generate(TOKENS[:40], 20, greedy)
 
 
+@needs_native
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", ["qwen2", "falcon", "gemma2"])
+def test_halves_of_many_rows(family: Families, name: str, threads: int) -> None:
+    """From 128 rows on each half of them goes from sum to sum in turn: the bytes are those of fewer rows, for a chunk
+    that is cut, for chunks beside it, and for stages."""
+    source, tokens = open_model(family(name).folder), (TOKENS + TOKENS[::-1] + TOKENS[7:])[:128]
+    model = Ranks(source, 2, make_ops("native", threads))
+    with aborting(model.groups):
+        whole = model.logits(tokens, 50)
+        assert same_bytes(model.run(Part(tokens)), whole)
+        assert same_bytes(model.run(Part(tokens[:127])), whole[:127])
+        first, second = range(1, 9), range(9, 17)
+        model.run(Part(tokens[:20], 0, first))
+        both = model.run(Part(tokens[20:120], 20, first), Part(tokens[:27], 0, second), Part(tokens[:1], 0, (20,)))
+        assert same_bytes(both[:100], whole[20:120]) and same_bytes(both[100:127], whole[:27])
+        one = Ranks(source, 1, make_ops("native", threads))
+        assert relative_error(whole, one.logits(tokens)) < BOUND
+    stages = [Ranks(source, 2, make_ops("native", threads), layers=layers) for layers in (range(3), range(3, 5))]
+    with aborting([group for stage in stages for group in stage.groups]):
+        hidden = stages[0].run(Part(tokens))
+        assert same_bytes(stages[1].run(Part(tokens), hidden=hidden), whole)
+
+
 @pytest.mark.parametrize("kind", SETS)
 def test_stages_of_ranks(family: Families, kind: str) -> None:
     source = open_model(family("gemma2").folder)

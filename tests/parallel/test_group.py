@@ -26,7 +26,7 @@ from headrace.parallel.shm import ShmEdge
 
 NATIVE = native.missing() is None
 needs_native = pytest.mark.skipif(not NATIVE, reason="no native kernels")
-SIZES = GroupSizes(ranks=3, rows=40, width=24, logits=8, columns=11)
+SIZES = GroupSizes(ranks=3, rows=160, width=24, logits=8, columns=11)
 CUTS = (0, 11, 15, 22)  # of 22 columns, the first rank has half
 
 
@@ -73,19 +73,19 @@ def together(groups: Sequence[Any]) -> Iterator[Callable[[Callable[[Any], Any]],
         yield run
 
 
-def partial(rank: int, number: int, rows: int = 40) -> np.ndarray:
+def partial(rank: int, number: int, rows: int = 160) -> np.ndarray:
     random = np.random.default_rng(100 * number + rank)
     return random.standard_normal((rows, 24), dtype=np.float32) * np.float32(10.0 ** (3 * rank))
 
 
-def expected(number: int, rows: int = 40) -> np.ndarray:
+def expected(number: int, rows: int = 160) -> np.ndarray:
     return (partial(0, number, rows) + partial(1, number, rows)) + partial(2, number, rows)
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_sums_are_in_the_ranks_order(make: Callable) -> None:
     with together(make(SIZES)) as run:
-        for number, rows in enumerate([40, 1, 7, 40, 2, 3, 40, 40, 1]):
+        for number, rows in enumerate([160, 1, 7, 40, 2, 3, 160, 160, 1]):
             sums = run(lambda group, n=number, r=rows: group.start(partial(group.rank, n, r)).wait())
             assert all(total.tobytes() == expected(number, rows).tobytes() for total in sums)
     other_order = (partial(1, 0) + partial(2, 0)) + partial(0, 0)
@@ -121,8 +121,8 @@ def test_columns_are_gathered(make: Callable) -> None:
 @pytest.mark.parametrize("make", MAKERS)
 def test_what_does_not_fit_is_refused(make: Callable) -> None:
     group = make(SIZES)[0]
-    for shape in ((41, 24), (4, 23)):
-        with pytest.raises(ConfigError, match=f"{shape[0]} rows of {shape[1]} in a group made for 40 rows of 24"):
+    for shape in ((161, 24), (4, 23)):
+        with pytest.raises(ConfigError, match=f"{shape[0]} rows of {shape[1]} in a group made for 160 rows of 24"):
             group.start(np.zeros(shape, np.float32))
     with pytest.raises(ConfigError, match="9 rows of up to 11 columns in a group made for 8 rows of 11"):
         group.gather(np.zeros((9, 11), np.float32), CUTS)
@@ -201,7 +201,7 @@ class Net:
         head[-1, 3] *= wide
         self.first, self.second = (self.ops.pack(tensor(weight)) for weight in weights)
         self.head = self.ops.pack(tensor(head))
-        limits = Limits(rows=40, logits=8, chunks=8, sequences=4, pages=())
+        limits = Limits(rows=160, logits=8, chunks=8, sequences=4, pages=())
         self.program = self.ops.capture(self._forward, limits, hidden=24)
 
     def _forward(self, batch: Batch):
@@ -223,7 +223,7 @@ def samples_of(*temperatures: float, logits: bool = True) -> np.ndarray:
     return samples
 
 
-HIDDEN = np.random.default_rng(0).standard_normal((40, 24), dtype=np.float32)
+HIDDEN = np.random.default_rng(0).standard_normal((160, 24), dtype=np.float32)
 
 
 @needs_native
@@ -235,7 +235,7 @@ def test_native_ranks_by_channels_give_the_bytes_of_shared_memory(threads: int) 
         groups = make(SIZES)
         nets = [Net(group, threads) for group in groups]
         steps = []
-        for count in (40, 3, 1, 40, 8, 1, 2):
+        for count in (160, 3, 1, 130, 40, 8, 1, 2):
             few = min(count, 8)
             for samples in (samples_of(*[0.0, 20.0] * 4)[:few], samples_of(*[0.0] * few, logits=False)):
                 steps.append([net.submit(HIDDEN[:count], samples) for net in nets])
@@ -300,12 +300,12 @@ def test_a_group_serves_one_program_that_fits() -> None:
     group = shared(SIZES)[0]
     net = Net(group)
     with pytest.raises(ConfigError, match="used already"):
-        net.ops.capture(net._forward, Limits(40, 8, 8, 4, ()), hidden=24)
-    for sizes in (GroupSizes(3, 39, 24, 8, 11), GroupSizes(3, 40, 23, 8, 11), GroupSizes(3, 40, 24, 7, 11)):
+        net.ops.capture(net._forward, Limits(160, 8, 8, 4, ()), hidden=24)
+    for sizes in (GroupSizes(3, 159, 24, 8, 11), GroupSizes(3, 160, 23, 8, 11), GroupSizes(3, 160, 24, 7, 11)):
         with pytest.raises(ConfigError, match="does not fit its group"):
             Net(shared(sizes)[0])
     with pytest.raises(ConfigError, match="does not fit its group"):
-        Net(shared(GroupSizes(3, 40, 24, 8, 10))[0])
+        Net(shared(GroupSizes(3, 160, 24, 8, 10))[0])
 
 
 # ---- processes
