@@ -82,7 +82,7 @@ def measure_stages(model: str, plan: Plan) -> dict[str, tuple[float, ...]]:
             return [span for span in llm.engine.trace.spans if span.received >= began and span.rank == 0]
 
         spans_of(SEQUENCES, 8, 8)  # warm
-        prefill = spans_of(PROMPTS, PROMPT_TOKENS, 1)
+        prefill = spans_of(PROMPTS, min(PROMPT_TOKENS, llm.config.max_context - 1), 1)
         decode = [span for span in spans_of(SEQUENCES, 8, NEW_TOKENS) if span.rows <= SEQUENCES]
     return {"decode": _mean(decode, plan), "prefill": _mean(prefill, plan)}
 
