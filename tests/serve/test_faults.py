@@ -111,6 +111,8 @@ BAD: list[tuple[str, tuple[str, bytes], int, str]] = [
     ("deadline huge", completion(deadline_ms=1e18), 400, "deadline_ms"),
     ("min_tokens above max_tokens", completion(min_tokens=9), 400, "min_tokens"),
     ("more log-probabilities than memory", completion(logprobs=256, n=12, max_tokens=500), 400, "1048576"),
+    ("more of a prompt than is streamed",
+     completion(prompt=[5] * 100, logprobs=250, echo=True, stream=True), 400, "streamed"),
     ("a text that cannot fit", completion(prompt="x" * 150_000), 400, "131072"),
     # Lists
     ("too many stops", completion(stop=["x"] * 65), 400, "stop"),

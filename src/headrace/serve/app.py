@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..errors import ConfigError, HeadraceError
 from . import page
 from .bodies import (
     CHARACTERS_PER_TOKEN,
+    MAX_STREAMED_ENTRIES,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -29,6 +31,7 @@ from .bodies import (
     check_length,
     completion_job,
     conversation_size,
+    logprob_entries,
     parse,
     score_job,
 )
@@ -122,7 +125,7 @@ class Server:
         body = parse(ScoreBody, await self._body(request))
         served = self._taking(body.model)
         exchange = await self._whole(request, served, await score_job(body, served.llm))
-        return _json(exchange.scores())
+        return await _written(exchange.job, exchange.scores)
 
     async def embeddings(self, request: Request) -> Response:
         body = parse(EmbeddingBody, await self._body(request))
@@ -153,7 +156,7 @@ class Server:
     async def _run(self, request: Request, served: Served, job: Job) -> Response:
         if not job.stream:
             exchange = await self._whole(request, served, job)
-            return _json(exchange.answer())
+            return await _written(job, exchange.answer)
         exchange = self._exchange(request, served, job)
         call: Call = request.scope["headrace.call"]
         stream = EventStream(exchange, request.scope)
@@ -362,6 +365,13 @@ class Server:
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _written(job: Job, answer: Callable[[], dict[str, Any]]) -> Response:
+    """A whole answer; one of many log-probabilities is written in a thread, so that nobody waits for it."""
+    if logprob_entries(job) <= MAX_STREAMED_ENTRIES:
+        return _json(answer())
+    return Response(await asyncio.to_thread(lambda: dumps(answer())), media_type="application/json")
 
 
 def _json(content: Any, status: int = 200) -> Response:

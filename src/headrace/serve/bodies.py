@@ -25,6 +25,7 @@ MAX_PROMPTS = 256
 MAX_CHOICES = 128
 MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_LOGPROB_ENTRIES = 1 << 20  # of a request: they are kept until it ends, at some 100 bytes each
+MAX_STREAMED_ENTRIES = 1 << 14  # of an echoed prompt, which is one event
 CHARACTERS_PER_TOKEN = 256  # more than any vocabulary needs: a longer text cannot fit, and is not encoded to find out
 _TOKEN_ID = re.compile("-?[0-9]{1,20}")
 
@@ -358,7 +359,7 @@ def _check_fit(job: Job, llm: AsyncLLM, asked: int) -> None:
                 code="context_length_exceeded",
                 param="messages" if job.chat else "prompt",
             )
-    entries = _logprob_entries(job)
+    entries = logprob_entries(job)
     if entries > MAX_LOGPROB_ENTRIES:
         raise Fault(
             400,
@@ -366,11 +367,23 @@ def _check_fit(job: Job, llm: AsyncLLM, asked: int) -> None:
             "fewer, for fewer tokens or for fewer samples",
             param="logprobs",
         )
+    of_prompts = _prompt_entries(job)
+    if job.stream and of_prompts > MAX_STREAMED_ENTRIES:
+        raise Fault(
+            400,
+            f"the prompt's {of_prompts} log-probabilities are more than the {MAX_STREAMED_ENTRIES} that are streamed; "
+            "ask for fewer, or for the answer as a whole",
+            param="logprobs",
+        )
 
 
-def _logprob_entries(job: Job) -> int:
+def _prompt_entries(job: Job) -> int:
+    params = job.params
+    return 0 if params.prompt_logprobs is None else sum(map(len, job.prompts)) * (params.prompt_logprobs + 1)
+
+
+def logprob_entries(job: Job) -> int:
     """The most (token, log-probability) pairs that a job can bring."""
-    params, prompts = job.params, sum(map(len, job.prompts))
-    of_prompts = 0 if params.prompt_logprobs is None else prompts * (params.prompt_logprobs + 1)
+    params, of_prompts = job.params, _prompt_entries(job)
     generated = job.sequences * params.max_tokens if job.kind == "generate" else 0
     return of_prompts + (0 if params.logprobs is None else generated * (params.logprobs + 1))
