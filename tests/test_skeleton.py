@@ -26,7 +26,7 @@ ROOMS = (
     "errors", "processes", "types", "trace", "results", "config", "formats", "text", "kernels", "parallel", "schedule",
     "quant", "memory", "sampling", "grammar", "speculate", "model", "plan", "workers", "engine", "completion",
     "frontend", "assemble", "assemble_split", "worker_process", "guest_process", "join_command",
-    "engine_process", "llm", "async_llm", "pipeline", "serve", "lab", "chat_cli", "cli",
+    "build", "engine_process", "llm", "async_llm", "pipeline", "serve", "lab", "chat_cli", "cli",
     "__main__",
 )  # fmt: skip
 

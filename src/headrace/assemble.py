@@ -110,12 +110,8 @@ def build_embedder(model: EncoderModel, settings: Settings) -> Embedder:
 
 
 def build_engine(model: Model, settings: Settings, grammars: Grammars | None = None) -> tuple[Engine, Resolved]:
-    """Load the weights and put the engine together: in this process, or in those of the plan that the settings name.
-    `grammars`: the ones that are compiled at its door."""
-    if settings.plan is not None:
-        from .assemble_split import build_split_engine
-
-        return build_split_engine(model, settings)
+    """Load the weights and put an engine of this process together. `grammars`: the ones that are compiled at its
+    door."""
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     resolved = resolve_settings(model, settings, ops)
     spec = model.spec

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from .assemble import EncoderModel, build_embedder, build_engine, open_any
+from .assemble import EncoderModel, build_embedder, open_any
+from .build import build
 from .completion import SCORE, Completion, Delta, Output, scored_logits
 from .config import Resolved, Settings
 from .errors import EngineDeadError, RequestError
@@ -42,7 +43,7 @@ class LLM:
         if isinstance(opened, EncoderModel):
             self._running = build_embedder(opened, Settings(**settings))
         else:
-            self._running = build_engine(opened, Settings(**settings), self._grammars)
+            self._running = build(opened, Settings(**settings), self._grammars)
         self.tokenizer = opened.tokenizer()  # while native threads still pack the weights
         self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         self._live: dict[str, Completion] = {}
