@@ -251,7 +251,7 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
     const bool apart = !step.shares.empty(), logits_apart = apart && !group_ && step.logits() >= kShareRows * pool.threads();
-    for (int half = int(step.halves.size()); half-- > 0;) {
+    for (int half = 0; half < int(step.halves.size()); ++half) {
         enter(step, worker, apart, half);
         begin(step, worker);
     }
@@ -265,18 +265,15 @@ void Program::run(Step& step, Worker& worker) {
         last = time, before = next;
     };
     for (size_t first = 0, past; first < instructions_.size(); first = past) {
-        const bool next_apart = instructions_[first]->space(*this) == RowSpace::all ? apart : logits_apart;
-        const bool enters = next_apart != worker.apart();
-        if (enters) {
-            worker.meet();
-            enter(step, worker, next_apart);
-        }
-        past = past_segment(step, worker, first);
-        const int halves = worker.apart() ? int(step.halves.size()) : 1;
-        for (int half = 0; half < halves; ++half) {
-            if (halves > 1) enter(step, worker, true, half);
+        const bool of_rows = instructions_[first]->space(*this) == RowSpace::all, next_apart = of_rows ? apart : logits_apart;
+        const bool met = next_apart != worker.apart();
+        if (met) worker.meet();
+        past = past_segment(step, first);
+        for (int half = 0; half < (of_rows ? int(step.halves.size()) : 1); ++half) {
+            if (met || step.halves.size() > 1) enter(step, worker, next_apart, half);
             for (size_t i = first; i < past; ++i) {
-                if (!(enters && i == first) && (i > 0 || !instructions_[i]->starts_alone())) worker.barrier();
+                const bool begins = half == 0 && i == first;
+                if (!(begins && (met || (i == 0 && instructions_[i]->starts_alone())))) worker.barrier();
                 lap(i);
                 instructions_[i]->run(*this, step, worker);
             }
@@ -285,17 +282,17 @@ void Program::run(Step& step, Worker& worker) {
     lap(0);
     if (worker.apart()) {
         worker.meet();
-        enter(step, worker, false);
+        enter(step, worker, false, 0);
     }
     end(step, worker);
     if (worker.index == 0) step.ended = now();
 }
 
 // Instructions that one half of the rows goes through before the other does: up to the next that waits for other ranks.
-size_t Program::past_segment(const Step& step, const Worker& worker, size_t first) const {
+size_t Program::past_segment(const Step& step, size_t first) const {
     size_t past = first + 1;
-    if (!worker.apart() || step.halves.size() == 1) return past;
-    auto goes_on = [&] { return past < instructions_.size() && instructions_[past]->space(*this) == RowSpace::all; };
+    auto goes_on = [&] { return step.halves.size() > 1 && past < instructions_.size() && instructions_[past]->space(*this) == RowSpace::all; };
+    if (instructions_[first]->space(*this) != RowSpace::all) return past;
     while (goes_on() && instructions_[past - 1]->waits()) ++past;
     while (goes_on() && !instructions_[past]->waits()) ++past;
     return past;
@@ -304,7 +301,7 @@ size_t Program::past_segment(const Step& step, const Worker& worker, size_t firs
 void Program::enter(const Step& step, Worker& worker, bool apart, int half) const {
     worker.set_apart(apart);
     worker.half = half;
-    worker.rows = {0, step.rows()}, worker.logits = {0, step.logits()};
+    worker.rows = step.halves[size_t(half)], worker.logits = {0, step.logits()};
     if (!apart) return;
     const int* shares = step.shares.data() + size_t(half) * size_t(pool.threads() + 1);
     worker.rows = {shares[worker.index], shares[worker.index + 1]};
@@ -319,7 +316,7 @@ void Program::share_out(Step& step) const {
     const int cut = halved ? rows / 2 / 16 * 16 : rows;
     step.halves = {{0, cut}};
     if (halved) step.halves.push_back({cut, rows});
-    if (!halved && (threads == 1 || !parts_ || rows < kShareRows * threads)) return;
+    if (!parts_ || cut < kShareRows * threads || (threads == 1 && !halved)) return;
     if (!group_ && !std::is_sorted(step.logit_rows.begin(), step.logit_rows.end())) return;
     double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)

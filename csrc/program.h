@@ -58,7 +58,7 @@ constexpr int kPrivateRows = 2;
 // in its own caches, and it waits for nobody.
 constexpr int kShareRows = 16;
 // Of a program with a group: rows of each half, at least. The same for all ranks, however many threads they have.
-constexpr int kHalfRows = 64;
+constexpr int kHalfRows = 32;
 // Time of an operation of attention, in operations of products.
 constexpr double kAttentionCost = 2;
 
@@ -264,9 +264,9 @@ class Program {
   private:
     void check(const Step& step) const;
     void share_out(Step& step) const;
-    void enter(const Step& step, Worker& worker, bool apart, int half = 0) const;
+    void enter(const Step& step, Worker& worker, bool apart, int half) const;
     void add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const;
-    size_t past_segment(const Step& step, const Worker& worker, size_t first) const;
+    size_t past_segment(const Step& step, size_t first) const;
     void run(Step& step, Worker& worker);
     void begin(Step& step, Worker& worker);
     void end(Step& step, Worker& worker);

@@ -372,14 +372,15 @@ def test_threads_of_a_rank_change_nothing(family: Families) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("name", ["qwen2", "falcon", "gemma2"])
 def test_halves_of_many_rows(family: Families, name: str, threads: int) -> None:
-    """From 128 rows on each half of them goes from sum to sum in turn: the bytes are those of fewer rows, for a chunk
+    """From 64 rows on each half of them goes from sum to sum in turn: the bytes are those of fewer rows, for a chunk
     that is cut, for chunks beside it, and for stages."""
     source, tokens = open_model(family(name).folder), (TOKENS + TOKENS[::-1] + TOKENS[7:])[:128]
     model = Ranks(source, 2, make_ops("native", threads))
     with aborting(model.groups):
         whole = model.logits(tokens, 50)
         assert same_bytes(model.run(Part(tokens)), whole)
-        assert same_bytes(model.run(Part(tokens[:127])), whole[:127])
+        for rows in (127, 70, 64):
+            assert same_bytes(model.run(Part(tokens[:rows])), whole[:rows])
         first, second = range(1, 9), range(9, 17)
         model.run(Part(tokens[:20], 0, first))
         both = model.run(Part(tokens[20:120], 20, first), Part(tokens[:27], 0, second), Part(tokens[:1], 0, (20,)))
