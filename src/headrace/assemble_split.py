@@ -132,6 +132,7 @@ class _Parts:
             depth=self.in_flight,
             parts=self.parts,
             late=stages == 1,
+            may_wait=self.plan.lost == "wait",
         )
 
     def lobby(self) -> Lobby | None:
@@ -153,7 +154,8 @@ class _Parts:
 
     def layout(self) -> Layout:
         spec, resolved = self.model.spec, self.resolved
-        return Layout(self.plan, self._start, self._group_sizes, resolved.max_batch_tokens, spec.dim)
+        messages = resolved.steps_in_flight + 2
+        return Layout(self.plan, self._start, self._group_sizes, resolved.max_batch_tokens, spec.dim, messages)
 
     def _group_sizes(self, stage: int, ranks: int) -> GroupSizes:
         resolved, columns, logits = self.resolved, 0, 0

@@ -7,6 +7,7 @@ collect ◀─Answer── the last stage               a replica that died or f
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import secrets
 import selectors
@@ -25,7 +26,7 @@ from ..parallel.group import GroupSizes, SharedGroup
 from ..parallel.joining import SALT_BYTES, channel_secret
 from ..parallel.shm import ShmEdge
 from ..plan.plan import Plan
-from ..schedule.routes import Replica
+from ..schedule.routes import MAX_PATHS, Replica
 from ..trace import Mark, MarkKind, Trace
 from ..types import Step
 from . import control
@@ -37,22 +38,23 @@ from .pace import Pace
 from .wire import error_of_kind
 
 START_SECONDS = 60.0  # for a process to give its first sign of life
-QUIET_SECONDS = 1.0  # of waiting for other hosts before it is said
+QUIET_SECONDS = 0.3  # of waiting for other hosts before it is said
 LOOK_SECONDS = 0.05  # between looks at who has fallen silent
 END_SECONDS = 2.0
-MAX_MESSAGES = 66  # that an edge holds: more than steps in flight
 
 
 @dataclass(frozen=True)
 class Layout:
     """What the executor must know of a split model. `start(stage, replica, rank)` says what a rank is to load;
-    `group(stage, ranks)` how much its ranks must give each other; `width` of hidden states, `rows` of a step."""
+    `group(stage, ranks)` how much its ranks must give each other; `width` of hidden states, `rows` of a step;
+    `messages`: how many of those an edge holds, so that nobody waits to send."""
 
     plan: Plan
     start: Callable[[int, int, int], Start]
     group: Callable[[int, int], GroupSizes]
     rows: int
     width: int
+    messages: int
 
 
 @dataclass(eq=False)
@@ -155,6 +157,11 @@ class StagedExecutor:
         hosts = " and ".join(f"{count} worker{'s' * (count > 1)} from host {host}" for host, count in wanted.items())
         last = f"; the last that was refused: {refused}" if refused else ""
         return f"listening at {host}:{port}, waiting for {hosts}{last}"
+
+    @property
+    def plan(self) -> Plan:
+        """As it was at the start."""
+        return self._plan
 
     def status(self) -> list[RankStatus]:
         """Every process that there is, and the replicas that wait to be started."""
@@ -260,6 +267,9 @@ class StagedExecutor:
             raise ConfigError(f"stage {stage} of a plan with stages 0 to {len(self._plan.stages) - 1}")
         if not 1 <= replicas <= 64:
             raise ConfigError(f"a stage has from 1 to 64 replicas, got {replicas}")
+        paths = math.prod(replicas if s == stage else len(each) for s, each in self._replicas.items())
+        if paths > MAX_PATHS:
+            raise ConfigError(f"{replicas} replicas of stage {stage} make {paths} paths, more than {MAX_PATHS}")
         there = self._replicas[stage]
         for number in sorted(there)[replicas:]:
             crew = self._crews.get((stage, number))
@@ -367,7 +377,7 @@ class StagedExecutor:
         elif isinstance(message, Failed):
             crew.error = message.message if crew.host is None else f"host {crew.host}: {message.message}"
             if not self._started:
-                raise error_of_kind(message.kind, crew.error)
+                raise error_of_kind(message.kind, f"replica {crew.key[1]} of stage {crew.key[0]}: {crew.error}")
         elif isinstance(message, Listening):
             if (edge := self._edges.get(message.edge)) is not None:
                 edge.sender[1].link.send(self._order(edge, sends=True, address=message.address))
@@ -498,7 +508,7 @@ class StagedExecutor:
         for crew, _ in (sender, receiver):
             crew.opening.add(number)
         if transport == "shm":
-            edge.memory = ShmEdge.create(self._layout.rows * self._layout.width * 4, MAX_MESSAGES)
+            edge.memory = ShmEdge.create(self._layout.rows * self._layout.width * 4, self._layout.messages)
             for (_, rank), sends in ((sender, True), (receiver, False)):
                 rank.link.send(self._order(edge, sends=sends), tuple(edge.memory.fds))
         else:
@@ -514,7 +524,7 @@ class StagedExecutor:
             sends=sends,
             within=edge.within,
             max_bytes=self._layout.rows * self._layout.width * 4,
-            messages=MAX_MESSAGES,
+            messages=self._layout.messages,
             address=address,
             secret=b"" if edge.transport != "tcp" else self._salt if joined else self._secret,
             host="" if sends else meeting_host(edge.receiver[1], edge.sender[1]),
