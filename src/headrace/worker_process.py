@@ -11,14 +11,16 @@ import signal
 import socket
 import sys
 import threading
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError, HeadraceError
-from .kernels.ops import Group
-from .parallel.group import SharedGroup
 from .processes import die_with_parent
 from .workers.control import Failed, Ready, Start, ToRank, to_rank
 from .workers.link import Link
 from .workers.worker import Worker, beat
+
+if TYPE_CHECKING:
+    from .kernels.ops import Group
 
 
 def serve(connection: socket.socket) -> None:
@@ -49,6 +51,8 @@ def obey(link: Link[ToRank], start: Start, host: str, secret: bytes = b"") -> bo
 
 def _group(link: Link[ToRank], start: Start, host: str, secret: bytes) -> Group:
     if not secret:
+        from .parallel.group import SharedGroup
+
         return SharedGroup(link.take_fds(1)[0], start.place.rank)
     from .workers.mesh import meet
 
