@@ -137,14 +137,14 @@ class _Parts:
 
     def lobby(self) -> Lobby | None:
         """Where workers of the hosts that the plan names join."""
-        hosts = {replica.host for stage in self.plan.stages for replica in stage.replicas if replica.host is not None}
-        names, listen, secret_file = ", ".join(sorted(hosts)), self.settings.listen, self.settings.secret_file
+        hosts, listen, secret_file = self.plan.hosts, self.settings.listen, self.settings.secret_file
         if not hosts:
             if listen is not None:
                 raise ConfigError(f"listen is for workers of other hosts, and the plan {self.plan} names none (@name)")
             return None
         if listen is None or secret_file is None:
             lacking = "listen (host:port)" if listen is None else "secret_file"
+            names = ", ".join(hosts)
             raise ConfigError(f"the plan has replicas on {names}, whose workers join over the network: give {lacking}")
         return Lobby(listen, secret_file, hosts)
 

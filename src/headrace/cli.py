@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from .errors import ConfigError, HeadraceError, RequestError
 from .serve.command import serve
+from .serve.scale import scale
 
 MAX_PROMPT_BYTES = 64 << 20  # of standard input
 
@@ -54,6 +55,7 @@ bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.command()(serve)
+app.command()(scale)
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Alias, .gguf file, Hugging Face folder or hf:org/name[:file].")
@@ -71,6 +73,14 @@ Plan = Annotated[
     typer.Option(
         help="Split the model over processes: a plan, as in '0-14 x2 | 15-29', or its file.", show_default=False
     ),
+]
+Listen = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT at which workers of a plan's hosts (@NAME) join.", show_default=False),
+]
+SecretFile = Annotated[
+    str | None,
+    typer.Option(help="With --listen: file of the secret that those workers know.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DEFAULT_MODEL = "smollm2-135m"
@@ -110,6 +120,8 @@ def run(
     activations: Activations = "group",
     kv_dtype: KVDtype = "auto",
     plan: Plan = None,
+    listen: Listen = None,
+    secret_file: SecretFile = None,
 ) -> None:
     """Answer one prompt, as it is generated."""
     from .chat_cli import printable
@@ -124,7 +136,8 @@ def run(
         *([{"role": "system", "content": system}] if system is not None else []),
         {"role": "user", "content": text},
     ]
-    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype, plan=plan) as llm:
+    settings = {"kernels": kernels, "threads": threads, "activations": activations, "kv_dtype": kv_dtype}
+    with LLM(model, **settings, plan=plan, listen=listen, secret_file=secret_file) as llm:
         if as_json:
             print(
                 json.dumps(
@@ -150,6 +163,7 @@ def chat(
     threads: Threads = None,
     activations: Activations = "group",
     kv_dtype: KVDtype = "auto",
+    plan: Plan = None,
 ) -> None:
     """Talk with a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     from .chat_cli import Chat
@@ -157,7 +171,7 @@ def chat(
     from .types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype) as llm:
+    with LLM(model, kernels=kernels, threads=threads, activations=activations, kv_dtype=kv_dtype, plan=plan) as llm:
         Chat(llm, params, system).loop()
 
 
@@ -289,6 +303,8 @@ def bench(
         list[str] | None,
         typer.Option(help="Also by this plan (see run), in turn with one process.", show_default=False),
     ] = None,
+    listen: Listen = None,
+    secret_file: SecretFile = None,
     against: Annotated[
         str, typer.Option(help="Other engines, run in turn with ours: llama.cpp,openvino,transformers,vllm.")
     ] = "",
@@ -324,7 +340,8 @@ def bench(
     parsed = parse_tests(tests)
     if plan:
         arithmetic = {"kernels": kernels, "threads": threads, "activations": activations, "kv_dtype": kv_dtype}
-        _bench_plans(model, plan, parsed, reps, json_file, arithmetic)
+        joining = {"listen": listen, "secret_file": secret_file}
+        _bench_plans(model, plan, parsed, reps, json_file, arithmetic | joining)
         return
     names = [name.strip() for name in against.split(",") if name.strip()]
     models = peer_models(names, peer_model or [], open_model(model).path)
@@ -603,7 +620,8 @@ def worker(
         Path, typer.Option(help="File of the secret that both sides know: 16 bytes or more, mode 600.")
     ],
     name: Annotated[
-        str | None, typer.Option(help="This host's name in the plan, as in @NAME [default: the system's].")
+        str | None,
+        typer.Option(help="This host's name in the plan (@NAME); if not given, the system's.", show_default=False),
     ] = None,
     workers: Annotated[int, typer.Option(help="How many: each is one rank of the plan, or waits for one.")] = 1,
     model_dir: Annotated[
@@ -614,11 +632,12 @@ def worker(
 ) -> None:
     """Lend this host to a coordinator: run, bench or serve with a plan that names it (--plan "0-14 | 15-29 @NAME").
 
-    Joins as soon as the coordinator is there, and again whenever the connection or a process is lost, until it is ended
-    (Ctrl-C or SIGTERM). The model must be here too, by the same alias or path; an alias is pulled where it is missing.
+    It joins as soon as the coordinator is there, and again whenever the
+    connection or a process is lost, until it is ended (Ctrl-C or SIGTERM). The
+    model must be here too, by the same alias or path; a missing alias is pulled.
 
-    Nothing on the wire is encrypted, and the coordinator may have any model file read that you can read: use a network
-    that you trust, or a tunnel.
+    Nothing on the wire is encrypted, and the coordinator may have any model
+    read that you can read: use a network that you trust, or a tunnel.
     """
     from .join_command import stay
 

@@ -71,6 +71,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 if not isinstance(value, os.PathLike):
                     raise ConfigError(f"{name} must be text, got {value!r:.80}")
                 msgspec.structs.force_setattr(self, name, os.fspath(value))
+        if self.listen is not None and self.plan is None:
+            raise ConfigError("listen is for workers of the hosts that a plan names (@name): give a plan too")
         if not isinstance(self.prefix_cache, bool):
             raise ConfigError(f"prefix_cache must be true or false, got {self.prefix_cache!r:.80}")
         if not isinstance(self.kv_dtype, str):

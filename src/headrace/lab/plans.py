@@ -68,7 +68,9 @@ def measure_plans(
     advance: Callable[[int, int], None],
     **settings: Any,
 ) -> PlanReport:
-    """Run each test by one process, then by each plan, `reps` times over, after one round to warm up."""
+    """Run each test by one process, then by each plan, `reps` times over, after one round to warm up. `listen` and
+    `secret_file` are for the plan that names hosts: at most one, which needs the address to itself."""
+    joining = {name: settings.pop(name, None) for name in ("listen", "secret_file")}
     opened = open_model(model)
     most = max(Settings().max_sequences, *(test.batch for test in tests))
     settings |= {"kv_memory": 2 * kv_memory(opened, tests, Settings(**settings)), "max_sequences": most}
@@ -76,7 +78,9 @@ def measure_plans(
     with ExitStack() as stack:
         doors = {ALONE: stack.enter_context(LLM(model, **settings))}
         for text in plans:
-            doors[str(Plan.parse(text, opened.spec))] = stack.enter_context(LLM(model, plan=text, **settings))
+            plan = Plan.parse(text, opened.spec)
+            own = settings | (joining if plan.hosts else {})
+            doors[str(plan)] = stack.enter_context(LLM(model, plan=text, **own))
         report = PlanReport(machine_facts() | _facts(doors) | {"reps": reps}, list(doors))
         count = len(tests) * (reps + 1) * len(doors)
         for index, test in enumerate(tests):

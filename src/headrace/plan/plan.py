@@ -204,6 +204,12 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
         return sum(len(replica.ranks) for stage in self.stages for replica in stage.replicas)
 
     @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names of the other hosts that replicas are on."""
+        named = {replica.host for stage in self.stages for replica in stage.replicas}
+        return tuple(sorted(host for host in named if host is not None))
+
+    @property
     def cuts(self) -> tuple[int, ...]:
         """The first layer of each stage but the first. ConfigError where one is yet to be chosen."""
         return tuple(stage.layers.start for stage in self.stages[1:])
