@@ -49,6 +49,7 @@ FROZEN_SECONDS = 0.5  # between two looks: this process stood still itself, so n
 IDLE_SECONDS = 3.0  # a process with work that says nothing and uses no CPU
 SILENT_SECONDS = 120.0  # a process with work that says nothing, however busy
 MAX_DEATHS = 4  # engines that may die under a request that makes no progress in between, before it is refused
+WAITING_BLAME = 0.25  # of such a death, for a request that waited while the engine worked on others
 RESTART_WINDOW = 60.0  # seconds in which `max_restarts` are counted
 PAUSES = (0.0, 0.2, 1.0, 3.0)  # seconds before each attempt to start again
 
@@ -89,6 +90,7 @@ class AsyncLLM:
         self._heard = 0.0
         self.sampled = 0.0  # when the step ended whose tokens came last; time.monotonic
         self._restarts: list[float] = []
+        self._stepped = False  # whether the engine that is there has done a step
         self._maps: list[asyncio.Future[PageMap]] = []
         self._waits: dict[Wait, int] = dict.fromkeys(get_args(Wait), 0)  # steps, by what the queue waited for
 
@@ -312,7 +314,7 @@ class AsyncLLM:
             if marks != (used, self._heard):
                 marks, moved = (used, self._heard), now
             if stopped >= STOPPED_SECONDS * (1 if self._live else 10):
-                return EngineDeadError("the engine's process was stopped")
+                return _Stopped("the engine's process was stopped")
             if now - moved > IDLE_SECONDS:
                 return EngineDeadError(f"the engine's process has work and did nothing for {now - moved:.1f} s")
             if now - self._heard > SILENT_SECONDS:
@@ -322,16 +324,19 @@ class AsyncLLM:
         """Put another engine in its place, with what is left of every request. EngineDeadError where that fails."""
         now = time.monotonic()
         self._restarts = [*(at for at in self._restarts if at > now - RESTART_WINDOW), now]
+        stepped, self._stepped = self._stepped, False
         if len(self._restarts) > self._max_restarts:
             raise EngineDeadError(
                 f"{reason}; it was restarted {self._max_restarts} times within {RESTART_WINDOW:.0f} s"
             )
         for running in list(self._live.values()):
             running.deaths += 1
-            running.futile += 1
+            if not isinstance(reason, _Stopped):
+                running.futile += 1 if running.opened or not stepped else WAITING_BLAME
+            running.opened = False
             if running.futile >= MAX_DEATHS:
                 running.refuse(
-                    EngineDeadError(f"the engine died {running.futile} times at the same place of a request")
+                    EngineDeadError(f"the engine died {running.deaths} times, at last at the same place of a request")
                 )
         for answer in self._maps:
             answer.cancel()
@@ -362,6 +367,7 @@ class AsyncLLM:
         self._heard = time.monotonic()
         if isinstance(message, Events):
             self.sampled = self._heard
+            self._stepped |= bool(message.reports)
             for report in message.reports:
                 self._note(report)
                 self.sampled = report.ended
@@ -387,11 +393,17 @@ class AsyncLLM:
             self._waits[report.waits_for] += 1
         for opened in report.opened:
             running = self._live.get(opened.request_id)
+            if running is not None:
+                running.opened = True
             if running is not None and not running.admitted:
                 running.admitted = True
                 steps = {reason: self._waits[reason] - before for reason, before in running.waits_before.items()}
                 count, worst = max((count, reason) for reason, count in steps.items())
                 running.waited_for = worst if count else None
+
+
+class _Stopped(EngineDeadError):
+    """Its process was stopped from outside: no request's fault."""
 
 
 class Running:
@@ -408,7 +420,9 @@ class Running:
         self.id, self.requests = requests[0].id, requests
         self.completion = Completion(prompt_ids, requests[0].params, llm.tokenizer, self._stop)
         self.error: HeadraceError | None = None
-        self.deaths = self.futile = 0  # engines that died while it ran; those since its last token
+        self.deaths = 0  # engines that died while it was here
+        self.futile = 0.0  # those of them since its last token, as far as they may be its fault
+        self.opened = False  # by the engine that is there now
         self.waits_before = waits_before
         self.admitted = False
         self.waited_for: str | None = None  # what kept it in the queue for the most steps
