@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from .assemble import open_model
 from .completion import SCORE, Completion, Delta, Output, scored_logits
 from .config import Resolved, Settings
-from .errors import EngineDeadError, HeadraceError, RequestError
+from .errors import ConfigError, EngineDeadError, HeadraceError, RequestError
 from .formats.hub import DEFAULT_MODEL
 from .frontend import Frontend, Message, Prompt
 from .types import Event, Request, SamplingParams
@@ -35,8 +35,13 @@ from .workers.wire import (
     Load,
     PageMap,
     Ready,
+    Recall,
+    Recent,
     Refused,
     Report,
+    Scale,
+    Scaled,
+    Status,
     Wait,
     error_of,
 )
@@ -53,6 +58,7 @@ WAITING_BLAME = 0.25  # of such a death, for a request that waited while the eng
 RESTART_WINDOW = 60.0  # seconds in which `max_restarts` are counted
 PAUSES = (0.0, 0.2, 1.0, 3.0)  # seconds before each attempt to start again
 
+T = TypeVar("T", PageMap, Recent, Scaled)
 Listener = Callable[["Running", Delta | None], None]
 
 
@@ -63,12 +69,17 @@ class Observer(Protocol):
 
     def restarted(self, reason: str, pause: float) -> None: ...
 
+    def changed(self, status: Status) -> None:
+        """Of a split model: how its stages stand, on every change and each second."""
+        ...
+
 
 class AsyncLLM:
     """LLM for asyncio, many requests at once: `async with AsyncLLM("smollm2-135m") as llm: await llm.generate("Once
     upon")`.
 
-    `settings` are the fields of `config.Settings`. A request whose task is cancelled, or whose stream is left, ends
+    `settings` are the fields of `config.Settings`; with a `plan` the engine's process starts those of the workers. A
+    request whose task is cancelled, or whose stream is left, ends
     at once in the engine too. If the engine's process dies or stands still, it is started again and requests continue
     with the same tokens; after `max_restarts` within a minute everything that waits for it raises EngineDeadError.
     """
@@ -87,11 +98,14 @@ class AsyncLLM:
         self._end: asyncio.Future[EngineDeadError] | None = None
         self._first: asyncio.Future[Resolved] | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._heard = 0.0
+        self._heard = self._moved = 0.0  # when it said something last; something of its work
+        self._began = 0.0  # the last start
+        self.status: Status | None = None  # of a split model's stages
+        self._scaled: dict[int, int] = {}  # replicas that were asked for, by stage
         self.sampled = 0.0  # when the step ended whose tokens came last; time.monotonic
         self._restarts: list[float] = []
         self._stepped = False  # whether the engine that is there has done a step
-        self._maps: list[asyncio.Future[PageMap]] = []
+        self._asked: list[tuple[type, asyncio.Future[Any]]] = []  # kinds of answers, in order
         self._waits: dict[Wait, int] = dict.fromkeys(get_args(Wait), 0)  # steps, by what the queue waited for
 
     async def __aenter__(self) -> AsyncLLM:
@@ -181,6 +195,8 @@ class AsyncLLM:
         `options` are those of `Frontend.requests`."""
         requests = self.ready().requests(prompt_ids, params, **options)
         running = self._live[requests[0].id] = Running(self, requests, prompt_ids, listener, dict(self._waits))
+        if self.status is not None:
+            running.wait_for_stages(self.status.missing)
         self._send(Add(tuple(requests)))
         return running
 
@@ -191,11 +207,21 @@ class AsyncLLM:
 
     async def page_map(self) -> PageMap:
         """What every page of the KV cache holds, after the step that runs now."""
-        self.ready()
-        answer: asyncio.Future[PageMap] = asyncio.get_running_loop().create_future()
-        self._maps.append(answer)
-        self._send(Inspect())
-        return await answer
+        return await self._ask(Inspect(), PageMap)
+
+    async def recent(self, seconds: float, most: int) -> Recent:
+        """The steps of the last seconds, of a split model also their spans on each rank, and what befell its workers:
+        the latest `most` of each."""
+        return await self._ask(Recall(seconds, most), Recent)
+
+    async def scale(self, stage: int, replicas: int) -> Status:
+        """Have so many replicas of a stage of a split model: they join and leave while it runs. How the stages stand
+        then, or ConfigError where that cannot be."""
+        answer = await self._ask(Scale(stage, replicas), Scaled)
+        if answer.problem is not None or self.status is None:
+            raise ConfigError(answer.problem or "the model has no stages")
+        self._scaled[stage] = replicas
+        return self.status
 
     @property
     def pid(self) -> int | None:
@@ -209,8 +235,8 @@ class AsyncLLM:
 
     @property
     def silence(self) -> float:
-        """Seconds for which the engine has had work and said nothing."""
-        return time.monotonic() - self._heard if self._live else 0.0
+        """Seconds for which the engine has had work and said nothing of it."""
+        return time.monotonic() - self._moved if self._live else 0.0
 
     # Requests
 
@@ -249,17 +275,40 @@ class AsyncLLM:
     def _refuse_all(self, error: HeadraceError) -> None:
         for running in list(self._live.values()):
             running.refuse(error)
-        for answer in self._maps:
+        self._leave_unanswered(error)
+
+    # Questions
+
+    async def _ask(self, question: Inspect | Recall | Scale, kind: type[T]) -> T:
+        """Answers of a kind come in the order of their questions. EngineDeadError where none will come."""
+        self.ready()
+        if self.state != "ready":
+            raise EngineDeadError("the engine is being started again; try again soon")
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._asked.append((kind, answer))
+        self._send(question)
+        return await answer
+
+    def _answered(self, message: PageMap | Recent | Scaled) -> None:
+        for index, (kind, answer) in enumerate(self._asked):
+            if isinstance(message, kind):
+                del self._asked[index]
+                if not answer.done():
+                    answer.set_result(message)
+                return
+
+    def _leave_unanswered(self, error: HeadraceError) -> None:
+        for _, answer in self._asked:
             if not answer.done():
                 answer.set_exception(error)
-        self._maps.clear()
+        self._asked.clear()
 
     # The engine's process
 
     async def _launch(self) -> Resolved:
         """Start a process and wait until it is ready."""
         loop = asyncio.get_running_loop()
-        began = time.monotonic()
+        began = self._began = time.monotonic()
         self._end, self._first = loop.create_future(), loop.create_future()
         end, first = self._end, self._first
 
@@ -305,7 +354,7 @@ class AsyncLLM:
                 return self._end.result()
             frozen, before = now - before > FROZEN_SECONDS, now
             if frozen or not self._live:
-                self._heard = now
+                self._heard = self._moved = now
             if frozen:
                 moved, stopped = now, 0.0
             signs = self._engine.vital_signs()
@@ -338,9 +387,8 @@ class AsyncLLM:
                 running.refuse(
                     EngineDeadError(f"the engine died {running.deaths} times, at last at the same place of a request")
                 )
-        for answer in self._maps:
-            answer.cancel()
-        self._maps.clear()
+        self._leave_unanswered(reason)
+        self.status = None
         trouble: HeadraceError = reason
         for pause in PAUSES:
             if self._engine is not None:
@@ -357,14 +405,20 @@ class AsyncLLM:
         for running in list(self._live.values()):
             if requests := running.remaining():
                 self._send(Add(requests), now=True)
+        for stage, replicas in self._scaled.items():
+            self._send(Scale(stage, replicas), now=True)
 
-    def _send(self, message: Add | Finish | Inspect, now: bool = False) -> None:
+    def _send(self, message: Add | Finish | Inspect | Recall | Scale, now: bool = False) -> None:
         """To the engine; where it is being replaced, the next one hears of all that is live anyway."""
         if self._engine is not None and (now or self.state == "ready"):
             self._engine.send(message)
 
     def _hear(self, message: FromEngine) -> None:
         self._heard = time.monotonic()
+        if isinstance(message, Status):
+            self._take_status(message)
+            return
+        self._moved = self._heard
         if isinstance(message, Events):
             self.sampled = self._heard
             self._stepped |= bool(message.reports)
@@ -380,13 +434,31 @@ class AsyncLLM:
             if message.request_id is None:
                 if self._first is not None and not self._first.done():
                     self._first.set_exception(error_of(message))
+                elif self._end is not None and not self._end.done():
+                    self._end.set_result(EngineDeadError(message.message))
             elif running := self._live.get(message.request_id):
                 running.refuse(error_of(message))
-        elif isinstance(message, PageMap):
-            if self._maps and not (answer := self._maps.pop(0)).done():
-                answer.set_result(message)
+        elif isinstance(message, PageMap | Recent | Scaled):
+            self._answered(message)
         elif isinstance(message, Ready) and self._first is not None and not self._first.done():
             self._first.set_result(message.resolved)
+
+    def _take_status(self, status: Status) -> None:
+        if self.status is None:
+            self._note_joins(status)
+        self.status = status
+        if missing := status.missing:
+            for running in self._live.values():
+                running.wait_for_stages(missing)
+        if self.observer is not None:
+            self.observer.changed(status)
+
+    def _note_joins(self, status: Status) -> None:
+        """A start's phases: when each stage had its first replica, and its last."""
+        for stage in range(len(status.layers)):
+            joined = sorted(one.joined - self._began for one in status.replicas if one.stage == stage and one.joined)
+            if joined:
+                self.phases[f"stage {stage}"] = joined[-1]
 
     def _note(self, report: Report) -> None:
         if report.waits_for is not None:
@@ -399,7 +471,7 @@ class AsyncLLM:
                 running.admitted = True
                 steps = {reason: self._waits[reason] - before for reason, before in running.waits_before.items()}
                 count, worst = max((count, reason) for reason, count in steps.items())
-                running.waited_for = worst if count else None
+                running.waited_for = running.waited_for or (worst if count else None)
 
 
 class _Stopped(EngineDeadError):
@@ -447,6 +519,11 @@ class Running:
 
     def cancel(self) -> None:
         self._llm.forget(self)
+
+    def wait_for_stages(self, missing: Sequence[int]) -> None:
+        """These stages have no replica, so nothing goes on."""
+        if missing:
+            self.waited_for = f"stage {missing[0]}"
 
     def remaining(self) -> tuple[Request, ...]:
         """What another engine must run: each sample behind the tokens that it has."""

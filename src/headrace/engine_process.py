@@ -11,10 +11,12 @@ import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from .assemble import EncoderModel, build_embedder, build_engine, open_any
+from .assemble import EncoderModel, build_embedder, open_any
+from .build import build
 from .engine import Engine
-from .errors import HeadraceError, RequestError
+from .errors import ConfigError, EngineDeadError, HeadraceError, RequestError
 from .grammar.compiled import Compiler, Grammars
 from .processes import die_with_parent, settle, stand_back, threads
 from .trace import StepTrace
@@ -31,8 +33,12 @@ from .workers.wire import (
     OpenedPart,
     PageMap,
     Ready,
+    Recall,
+    Recent,
     Refused,
     Report,
+    Scale,
+    Scaled,
     ToEngine,
     Wait,
     frame,
@@ -40,9 +46,13 @@ from .workers.wire import (
     to_engine,
 )
 
+if TYPE_CHECKING:
+    from .workers.watch import StageWatch
+
 MAX_UNSENT = 64 << 20
 
 BEAT_SECONDS = 1.0  # between signs of life while nothing but a compile goes on
+TEND_SECONDS = 0.05  # between looks at the workers of a split model while no request runs
 
 
 def serve(door: Door) -> None:
@@ -57,31 +67,52 @@ def serve(door: Door) -> None:
             serve_encoder(door, build_embedder(opened, load.settings))
             return
         grammars = Grammars(opened.tokenizer, opened.spec.vocab_size)
-        engine, resolved = build_engine(opened, load.settings, grammars)
+        engine, resolved = build(opened, load.settings, grammars)
     except HeadraceError as error:
         door.send(_refusal(None, error))
         door.flush()
         return
     stand_back(before)
     settle()
+    desk = Desk(engine, door, grammars, _watch(engine) if resolved.plan is not None else None)
+    desk.tell()
     door.send(Ready(resolved))
+    try:
+        _run(engine, door, desk)
+    except EngineDeadError as error:
+        door.send(_refusal(None, error))
+        door.flush()
+    engine.close()
+    grammars.close()
+
+
+def _watch(engine: Engine) -> StageWatch:
+    from .workers.watch import StageWatch  # what a model that is not split has no use for
+
+    return StageWatch(engine)
+
+
+def _run(engine: Engine, door: Door, desk: Desk) -> None:
+    """Until the door closes. EngineDeadError where the workers are gone for good."""
     reports: list[Report] = []
     engine.observer = lambda step, trace: reports.append(_report(engine, step, trace))
-    desk = Desk(engine, door, grammars)
+    patience = TEND_SECONDS if desk.watch else None
     said = 0.0
     while not door.closed:
-        for message in door.take(wait=not engine.busy, at_most=BEAT_SECONDS if desk.waited_for else None):
+        at_most = patience or (BEAT_SECONDS if desk.waited_for else None)
+        for message in door.take(wait=not engine.busy, at_most=at_most):
             desk.obey(message)
         desk.admit_compiled()
         if engine.busy:
             events = engine.step()
             _emit(engine, door, events, reports)
             reports.clear()
+        elif desk.watch:
+            _emit(engine, door, engine.tend(), [])
         elif desk.waited_for and time.monotonic() - said >= BEAT_SECONDS:
             said = time.monotonic()
             door.send(Events([], []))  # a compile is not this process's work: it is idle, and well
-    engine.close()
-    grammars.close()
+        desk.tell()
 
 
 def _report(engine: Engine, step: Step, trace: StepTrace) -> Report:
@@ -124,8 +155,8 @@ class Desk:
     """Does what the door's messages ask. A request with a new grammar waits here until that is compiled, in a thread
     beside the loop; steps go on meanwhile."""
 
-    def __init__(self, engine: Engine, door: Door, grammars: Grammars) -> None:
-        self._engine, self._door, self._grammars = engine, door, grammars
+    def __init__(self, engine: Engine, door: Door, grammars: Grammars, watch: StageWatch | None) -> None:
+        self._engine, self._door, self._grammars, self.watch = engine, door, grammars, watch
         self._compiler = Compiler(grammars, door.wake)
         self._waiting: dict[str, Add] = {}  # by request id
 
@@ -144,6 +175,10 @@ class Desk:
             if not engine.busy:
                 engine.scheduler.check()  # nothing runs, so no page is held; an engine that lost one is replaced
             self._door.send(PageMap([pool.map() for pool in engine.scheduler.routes.pools]))
+        elif isinstance(message, Recall):
+            self._door.send(Recent(*engine.trace.since(time.monotonic() - message.seconds, message.most)))
+        elif isinstance(message, Scale):
+            self._scale(message)
         elif isinstance(message, Add):
             request = message.requests[0]
             grammar = request.params.grammar
@@ -152,6 +187,23 @@ class Desk:
             else:
                 self._waiting[request.id] = message
                 self._compiler.start(request.id, grammar)
+
+    def _scale(self, message: Scale) -> None:
+        problem = None
+        try:
+            if self.watch is None:
+                raise ConfigError("the model is not split, so it has no stages; load it with a plan")
+            self.watch.scale(message.stage, message.replicas)
+            _emit(self._engine, self._door, self._engine.tend(), [])
+            self._door.send(self.watch.status(time.monotonic()))
+        except ConfigError as error:
+            problem = str(error)
+        self._door.send(Scaled(problem))
+
+    def tell(self) -> None:
+        """Say how the stages of a split model stand, where that is news."""
+        if self.watch is not None and (status := self.watch.news(time.monotonic())) is not None:
+            self._door.send(status)
 
     def admit_compiled(self) -> None:
         """Let in whose grammar is ready; refuse whose grammar cannot be."""

@@ -49,6 +49,10 @@ class EngineDeadError(HeadraceError):
     """The engine or the process that it runs in is gone; what it was doing is lost unless someone replays it."""
 
 
+class StageLostError(EngineDeadError):
+    """A stage of a split model has no replica for now, and requests do not wait for one."""
+
+
 class ChannelError(HeadraceError):
     """A channel between two processes is gone, full, or got what is no message. Names the channel."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +69,36 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
     text: str = ""
 
 
+LATE = 2.0  # seconds by which a span may come behind one that ended later
+
+
 class Trace:
-    """The last `capacity` steps, and the last spans and marks."""
+    """The last `capacity` steps, and the last spans and marks. `observer` hears of every span and mark."""
 
     def __init__(self, capacity: int = 4096, spans: int = 65536, marks: int = 4096) -> None:
         self._steps: deque[StepTrace] = deque(maxlen=capacity)
         self._spans: deque[StageSpan] = deque(maxlen=spans)
         self._marks: deque[Mark] = deque(maxlen=marks)
+        self.observer: Callable[[StageSpan | Mark], None] | None = None
 
     def add(self, entry: StepTrace | StageSpan | Mark) -> None:
         if isinstance(entry, StepTrace):
             self._steps.append(entry)
-        elif isinstance(entry, StageSpan):
+            return
+        if isinstance(entry, StageSpan):
             self._spans.append(entry)
         else:
             self._marks.append(entry)
+        if self.observer is not None:
+            self.observer(entry)
+
+    def since(self, time: float, most: int) -> tuple[list[StepTrace], list[StageSpan], list[Mark]]:
+        """What ended after a time, the latest `most` steps, spans and marks."""
+        return (
+            _latest(self._steps, lambda step: step.applied, time, most),
+            _latest(self._spans, lambda span: span.ended, time, most),
+            _latest(self._marks, lambda mark: mark.time, time, most),
+        )
 
     def clear(self) -> None:
         self._steps.clear()
@@ -103,3 +120,13 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self._steps)
+
+
+def _latest(entries: deque[T], ended: Callable[[T], float], time: float, most: int) -> list[T]:
+    found: list[T] = []
+    for entry in reversed(entries):
+        if len(found) == most or ended(entry) < time - LATE:
+            break
+        if ended(entry) >= time:
+            found.append(entry)
+    return found[::-1]

@@ -7,7 +7,7 @@ from itertools import product
 from random import Random
 
 from ..config import Routing
-from ..errors import ConfigError
+from ..errors import ConfigError, StageLostError
 from .pages import UNBOUNDED, Pages, Path
 
 Replica = tuple[int, int]  # stage, and number among the stage's replicas
@@ -19,7 +19,7 @@ class Routes:
 
     `pools(stage)` makes the pools of a replica of that stage. Of each path at most `depth` steps are in flight, and a
     step takes at most one of `parts` of its sequences, so that several steps fill the stages. With `late`, a step may
-    name tokens that the one before it samples.
+    name tokens that the one before it samples. `may_wait`: whether sequences may come while a stage has no replica.
     """
 
     def __init__(
@@ -30,7 +30,9 @@ class Routes:
         depth: int = UNBOUNDED,
         parts: int = 1,
         late: bool = True,
+        may_wait: bool = True,
     ) -> None:
+        self._may_wait = may_wait
         self._make, self._routing = tuple(pools), routing
         self._depth, self._parts, self._late = depth, parts, late
         self._replicas: list[dict[int, tuple[Pages, ...]]] = [{} for _ in self._make]
@@ -54,6 +56,24 @@ class Routes:
         if not any(self._replicas):
             return tuple(pool for path in self.paths for pool in path.pools)
         return tuple(pool for stage in self._replicas for number in sorted(stage) for pool in stage[number])
+
+    @property
+    def missing(self) -> list[int]:
+        """The stages that have no replica."""
+        return [] if self.paths else [stage for stage, there in enumerate(self._replicas) if not there]
+
+    def check_open(self) -> None:
+        """StageLostError where a new sequence would wait for a stage that has no replica, and may not."""
+        if not self._may_wait and (missing := self.missing):
+            raise StageLostError(
+                f"stage {missing[0]} has no replica now: its workers died and start again; try again in some seconds "
+                '(or let requests wait for it, with lost: "wait" in the plan)'
+            )
+
+    def pools_of(self, replica: Replica) -> tuple[Pages, ...]:
+        """A replica's own pools; none where it is not there."""
+        stage, number = replica
+        return self._replicas[stage].get(number, ())
 
     def join(self, replica: Replica) -> None:
         """A replica is there, with nothing in its pools."""

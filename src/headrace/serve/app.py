@@ -25,6 +25,7 @@ from .bodies import (
     EmbeddingBody,
     Job,
     LoadBody,
+    ScaleBody,
     ScoreBody,
     TokenizeBody,
     chat_job,
@@ -37,7 +38,7 @@ from .bodies import (
 )
 from .embeddings import embedding_answer, embedding_texts
 from .exchange import Exchange
-from .faults import Fault, deadline_fault, left
+from .faults import Fault, deadline_fault, left, stage_fault
 from .gate import Call, Gate
 from .keys import Keys
 from .live import Live
@@ -46,10 +47,13 @@ from .models import Models, Served
 from .options import ServeOptions
 from .replies import Replies, dumps
 from .spans import Spans
+from .stages import describe, outline
 from .stream import EventStream
 
 log = logging.getLogger("headrace.serve")
 
+MAX_TIMELINE_SECONDS = 60
+MAX_TIMELINE = 10_000  # steps and spans of a timeline
 BODIES_AT_ONCE = 16  # of the largest size, that may be on their way together
 
 
@@ -104,6 +108,8 @@ class Server:
             Route("/openapi.json", self.openapi),
             Route("/admin/load", self.load, methods=["POST"]),
             Route("/admin/unload", self.unload, methods=["POST"]),
+            Route("/admin/scale", self.scale, methods=["POST"]),
+            Route("/admin/timeline", self.timeline),
             *self.live.routes(),
             *page.routes(),
         ]
@@ -214,7 +220,10 @@ class Server:
     def _taking(self, name: str | None) -> Served:
         if self.draining:
             raise Fault(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
-        return self.models.usable(name)
+        served = self.models.usable(name)
+        if served.status is not None and served.status.lost_policy == "fail" and served.lost_stage is not None:
+            raise stage_fault(served.lost_stage)
+        return served
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, of a bounded size, in a bounded time. After a Fault the rest of it is not read."""
@@ -323,16 +332,25 @@ class Server:
         card = {"id": served.name, "object": "model", "created": served.created, "owned_by": "headrace"}
         if served.state == "ready":
             card["max_model_len"] = served.max_model_len
-        return {**card, "state": served.state}
+        return {**card, "state": served.condition}
 
     async def health(self, request: Request) -> Response:
-        """200 while every model's engine makes progress; its state otherwise. Open to all, so it names no model."""
-        states = [served.state for served in self.models.served.values()]
+        """200 while every model's engine makes progress and every stage has a replica; what is wrong otherwise. Open to
+        all, so it names no model."""
+        every = list(self.models.served.values())
+        states = [served.state for served in every]
         worst = next((s for s in ("dead", "closed", "stalled", "restarting", "loading", "new") if s in states), "ok")
-        return _json({"status": worst}, 200 if worst == "ok" and states else 503)
+        if worst == "ok":
+            worst = next((served.condition for served in every if served.lost_stage), "ok")
+        answer: dict[str, Any] = {"status": worst}
+        for served in every:
+            if served.status is not None:
+                for name, entries in outline(served.status).items():
+                    answer.setdefault(name, []).extend(entries)
+        return _json(answer, 200 if worst == "ok" and states else 503)
 
     async def ready(self, request: Request) -> Response:
-        states = {served.name: served.state for served in self.models.served.values()}
+        states = {served.name: served.condition for served in self.models.served.values()}
         fine = bool(states) and not self.draining and all(state == "ready" for state in states.values())
         status = "draining" if self.draining else "ready" if fine else "not ready"
         return _json({"status": status, "models": states}, 200 if fine else 503)
@@ -361,10 +379,46 @@ class Server:
         await self.models.unload(body.name or body.model)
         return _json({"unloaded": body.name or body.model})
 
+    async def scale(self, request: Request) -> Response:
+        """Answers with how the stages stand: replicas that are to come are starting, those that are to go leaving."""
+        body = parse(ScaleBody, await self._body(request))
+        served = self.models.usable(body.model)
+        try:
+            status = await served.llm.scale(body.stage, body.replicas)
+        except ConfigError as error:
+            raise Fault(400, str(error), code="invalid_value") from None
+        return _json({"model": served.name, "stages": describe(status)})
+
+    async def timeline(self, request: Request) -> Response:
+        """A trace of the last seconds in Chrome's format, written beside the event loop."""
+        seconds = _seconds(request.query_params.get("seconds", "10"))
+        served = self.models.usable(request.query_params.get("model"))
+        recent = await served.llm.recent(seconds, MAX_TIMELINE)
+        plan = served.llm.config.plan
+
+        def written() -> bytes:
+            from ..lab.timeline import timeline
+            from ..plan.plan import Plan
+
+            return dumps(timeline(recent.steps, recent.spans, recent.marks, Plan.parse(plan) if plan else None))
+
+        headers = {"content-disposition": 'attachment; filename="timeline.json"', "cache-control": "no-store"}
+        return Response(await asyncio.to_thread(written), headers=headers, media_type="application/json")
+
 
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text[:20])
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMELINE_SECONDS:
+        raise Fault(400, f"seconds must be a number above 0 and up to {MAX_TIMELINE_SECONDS}", param="seconds")
+    return seconds
 
 
 async def _written(job: Job, answer: Callable[[], dict[str, Any]]) -> Response:

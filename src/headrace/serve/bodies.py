@@ -144,6 +144,14 @@ class LoadBody(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
 
 
+class ScaleBody(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /admin/scale: how many replicas a stage of a split model is to have."""
+
+    stage: int
+    replicas: int
+    model: str | None = None
+
+
 T = TypeVar("T")
 
 

@@ -121,6 +121,17 @@ def serve(
     threads: Annotated[
         int | None, _option(ENGINE, "Threads of the op set; if not given, one a core.", "--threads", show_default=False)
     ] = None,
+    plan: Annotated[
+        str | None,
+        _option(ENGINE, 'Split the model, as in "0-14 x2 | 15-29", "2x1x2" or a file.', "--plan", show_default=False),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        _option(ENGINE, "host:port where workers of a plan's other hosts join.", "--listen", show_default=False),
+    ] = None,
+    secret_file: Annotated[
+        str | None, _option(ENGINE, "File of the secret that such workers know.", "--secret-file", show_default=False)
+    ] = None,
     activations: Annotated[
         str, _option(ENGINE, "int8 scales of activations: group or row.", "--activations")
     ] = "group",
@@ -188,6 +199,9 @@ def serve(
             engine={
                 "kernels": kernels,
                 "threads": threads,
+                "plan": plan,
+                "listen": listen,
+                "secret_file": secret_file,
                 "activations": activations,
                 "kv_dtype": kv_dtype,
                 "kv_memory": kv_memory,

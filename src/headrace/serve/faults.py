@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import msgspec
 
-from ..errors import CapacityError, EngineDeadError, HeadraceError, RequestError, TemplateError
+from ..errors import (
+    CapacityError,
+    EngineDeadError,
+    HeadraceError,
+    RequestError,
+    StageLostError,
+    TemplateError,
+)
 
 
 class Fault(Exception):
@@ -50,6 +57,8 @@ def fault_of(error: BaseException) -> Fault:
         return Fault(400, str(error), code="context_length_exceeded")
     if isinstance(error, (RequestError, TemplateError)):
         return Fault(400, str(error), code="invalid_value")
+    if isinstance(error, StageLostError):
+        return stage_fault(str(error).partition(" has")[0])
     if isinstance(error, EngineDeadError):
         return Fault(503, "the model's engine is not running; try again later", code="engine_dead")
     if isinstance(error, RecursionError):
@@ -65,3 +74,8 @@ def left() -> Fault:
 
 def deadline_fault() -> Fault:
     return Fault(408, "the request's deadline passed before it was complete", code="deadline_exceeded")
+
+
+def stage_fault(stage: str) -> Fault:
+    message = f"{stage} of the model has no replica now; it is being started again, try again soon"
+    return Fault(503, message, code="stage_lost", headers={"Retry-After": "2"})

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
-from ..workers.wire import Report
+from ..workers.wire import Report, Status
 from .outbox import Outbox
+from .stages import Stages
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -108,6 +109,8 @@ class Metrics:
         self.ttft = histogram("time_to_first_token_seconds", "From the request to its first token.")
         self.tally = Tally()
         registry.register(self.tally)  # type: ignore[arg-type]
+        self.stages = Stages()
+        registry.register(self.stages)  # type: ignore[arg-type]
         self.e2e = histogram("e2e_request_latency_seconds", "From the request to its last token.")
         self.queue = histogram("request_queue_time_seconds", "From the request to its first step.")
         self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.")
@@ -174,7 +177,7 @@ class Collector:
         last = reports[-1]
         self._running.set(last.running)
         self._waiting.set(last.waiting)
-        self._kv.set(max(held / pages for held, pages in zip(last.pages_held, last.pages, strict=True)))
+        self._kv.set(max((held / pages for held, pages in zip(last.pages_held, last.pages, strict=True)), default=0))
         self.metrics.feed("steps", (self.model, reports))
 
     def restarted(self, reason: str, pause: float) -> None:
@@ -182,6 +185,9 @@ class Collector:
         facts = {"model": self.model, "reason": reason, "seconds": round(pause, 3)}
         log.warning("engine restarted", extra={"facts": facts})
         self.metrics.feed("restarted", (self.model, reason, pause))
+
+    def changed(self, status: Status) -> None:
+        self.metrics.stages.changed(self.model, status)
 
     # Exchanges
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..assemble import EncoderModel, open_any
 from ..async_llm import AsyncLLM
+from ..errors import ConfigError
+from ..workers.wire import Status
 from .async_encoder import AsyncEncoder
 from .faults import Fault
 from .metrics import Collector, Metrics
@@ -43,6 +45,23 @@ class Served:
     def state(self) -> str:
         engine = self.engine
         return "stalled" if engine.state == "ready" and engine.silence > STALL_SECONDS else engine.state
+
+    @property
+    def status(self) -> Status | None:
+        """How the stages of a split model stand, while it runs."""
+        return self.engine.status if isinstance(self.engine, AsyncLLM) and self.engine.state == "ready" else None
+
+    @property
+    def lost_stage(self) -> str | None:
+        """A stage of a split model that has no replica."""
+        missing = self.status.missing if self.status else []
+        return f"stage {missing[0]}" if missing else None
+
+    @property
+    def condition(self) -> str:
+        """The state, or what a model that is ready lacks."""
+        state = self.state
+        return f"{self.lost_stage} has no replica" if state == "ready" and self.lost_stage else state
 
     @property
     def max_model_len(self) -> int:
@@ -80,6 +99,8 @@ class Models:
         served = self.served[name] = Served(name, AsyncLLM(model, **self._settings), collector)
         try:
             if isinstance(await asyncio.to_thread(open_any, model), EncoderModel):
+                if self._settings.get("plan") is not None:
+                    raise ConfigError(f"{model} is an encoder, which is not split; leave the plan out")
                 served.engine = AsyncEncoder(model, **self._settings)
             if self.served.get(name) is not served:
                 raise Fault(409, f"model {name!r} was unloaded while it was loading", code="model_unloaded")
@@ -97,6 +118,7 @@ class Models:
         served = self.find(name)
         del self.served[served.name]
         self._metrics.ready.labels(served.name).set(0)
+        self._metrics.stages.forget(served.name)
         await served.engine.close()
 
     def find(self, name: str | None) -> Served:

@@ -13,6 +13,7 @@ from .bodies import (
     DetokenizeBody,
     EmbeddingBody,
     LoadBody,
+    ScaleBody,
     ScoreBody,
     TokenizeBody,
 )
@@ -26,6 +27,7 @@ _POSTS: dict[str, tuple[type[msgspec.Struct], str, bool]] = {
     "/detokenize": (DetokenizeBody, "Token ids as text.", False),
     "/admin/load": (LoadBody, "Load one more model.", False),
     "/admin/unload": (LoadBody, "Unload a model.", False),
+    "/admin/scale": (ScaleBody, "Have so many replicas of a stage of a split model.", False),
 }
 _GETS = {
     "/v1/models": "The models that are served.",
@@ -34,6 +36,7 @@ _GETS = {
     "/metrics": "Prometheus metrics.",
     "/version": "The server's version.",
     "/tokenizer_info": "A model's tokenizer.",
+    "/admin/timeline": "What a model did in the last seconds, as a trace for Perfetto.",
     "/openapi.json": "This document.",
 }
 _ERRORS = {
@@ -77,6 +80,10 @@ def document() -> dict[str, Any]:
         paths[path] = {"get": {"summary": text, "responses": answer}}
     paths["/health"]["get"]["security"] = []
     paths["/tokenizer_info"]["get"]["parameters"] = [{"name": "model", "in": "query", "schema": {"type": "string"}}]
+    paths["/admin/timeline"]["get"]["parameters"] = [
+        {"name": "seconds", "in": "query", "schema": {"type": "number", "default": 10}},
+        {"name": "model", "in": "query", "schema": {"type": "string"}},
+    ]
     paths["/v1/models/{name}"] = {
         "get": {
             "summary": "One model.",

@@ -12,11 +12,14 @@ import numpy as np
 from .. import errors
 from ..config import Resolved, Settings
 from ..errors import HeadraceError
+from ..trace import Mark, StageSpan, StepTrace
 from ..types import Event, FinishReason, Request
 
 MAX_FRAME = 1 << 30
 HEADER = struct.Struct("<I")
 _DTYPES = ("float32", "int32", "int64")
+
+HOP_SECONDS = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 1.0)  # bounds of Status.hops
 
 Wait = Literal["sequences", "tokens", "pages", "sibling"]
 
@@ -73,6 +76,73 @@ class PageMap(msgspec.Struct, frozen=True, tag=True):
     pools: list[bytes]
 
 
+class Recall(msgspec.Struct, frozen=True, tag=True):
+    """Ask for a Recent of the last seconds, with at most so many steps, spans and marks."""
+
+    seconds: float
+    most: int
+
+
+class Recent(msgspec.Struct, frozen=True, tag=True):
+    """What happened of late; times in seconds, time.monotonic."""
+
+    steps: list[StepTrace]
+    spans: list[StageSpan]
+    marks: list[Mark]
+
+
+class Scale(msgspec.Struct, frozen=True, tag=True):
+    """Ask for so many replicas of a stage; answered by Scaled, before which a Status has come."""
+
+    stage: int
+    replicas: int
+
+
+class Scaled(msgspec.Struct, frozen=True, tag=True):
+    """`problem`: why that cannot be."""
+
+    problem: str | None
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
+    """A replica of a split model. `state`: starting, connecting, ready, leaving, or waiting (to be started). Times in
+    seconds of time.monotonic, 0 for never."""
+
+    stage: int
+    number: int
+    state: str
+    host: str | None
+    pids: tuple[int, ...]  # of its ranks; 0 where it is not started, or on another host
+    sequences: int
+    in_flight: int  # steps
+    pages_held: int
+    pages: int
+    restarts: int
+    joined: float
+    lost: float
+    why: str  # it was lost
+    busy: float  # seconds that its ranks have computed, together
+
+
+class Status(msgspec.Struct, frozen=True, tag=True):
+    """How a split model's stages stand: sent on every change, and each second. Sums are over an engine's life."""
+
+    at: float
+    lost_policy: str  # "wait" or "fail": what requests do while a stage has no replica
+    layers: list[tuple[int, int]]  # of each stage, both included
+    replicas: list[ReplicaStatus]  # by stage and number
+    busy: list[float]  # of each stage, seconds that ranks have computed
+    reduces: list[float]  # of each stage, seconds of sums over ranks
+    hops: list[int]  # from one stage to the next, by HOP_SECONDS and above
+    hop_seconds: float  # their sum
+
+    @property
+    def missing(self) -> list[int]:
+        """Stages of which no replica is ready."""
+        there = {one.stage for one in self.replicas if one.state == "ready"}
+        return [stage for stage in range(len(self.layers)) if stage not in there]
+
+
 class OpenedPart(msgspec.Struct, frozen=True, array_like=True):
     """A sequence that a step admitted, for the first time or again after a preemption."""
 
@@ -119,8 +189,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Load | Add | Finish | Inspect | Embed
-FromEngine = Ready | EncoderReady | Events | Refused | PageMap | Embedded
+ToEngine = Load | Add | Finish | Inspect | Recall | Scale | Embed
+FromEngine = Ready | EncoderReady | Events | Refused | PageMap | Recent | Scaled | Status | Embedded
 
 
 def error_of(refused: Refused) -> HeadraceError:

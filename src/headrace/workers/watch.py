@@ -1,0 +1,134 @@
+"""Watches a split model's replicas, and says how they stand."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict, defaultdict
+
+from ..engine import Engine
+from ..schedule.routes import Replica
+from ..trace import Mark, StageSpan
+from .staged import RankStatus, StagedExecutor
+from .wire import HOP_SECONDS, ReplicaStatus, Status
+
+LOOK_SECONDS = 0.05  # between looks for a change
+TELL_SECONDS = 1.0  # between two statuses where nothing changes
+MAX_HALVES = 4096  # hops of which one end is known
+
+
+class StageWatch:
+    """Sums up an engine's spans and marks, those of its start included."""
+
+    def __init__(self, engine: Engine) -> None:
+        executor = engine.executor
+        assert isinstance(executor, StagedExecutor)
+        self._engine, self._executor, self._plan = engine, executor, executor.plan
+        stages = len(self._plan.stages)
+        self._busy, self._reduces = [0.0] * stages, [0.0] * stages
+        self._own: defaultdict[Replica, float] = defaultdict(float)  # busy seconds
+        self._restarts: defaultdict[Replica, int] = defaultdict(int)
+        self._joined: dict[Replica, float] = {}
+        self._lost: dict[Replica, tuple[float, str]] = {}
+        self._hops, self._hop_seconds = [0] * (len(HOP_SECONDS) + 1), 0.0
+        self._sent: OrderedDict[tuple[int, int], float] = OrderedDict()  # by step and the stage that follows
+        self._come: OrderedDict[tuple[int, int], float] = OrderedDict()
+        self._looked = self._told = 0.0
+        self._seen: object = None
+        for entry in (*engine.trace.spans, *engine.trace.marks):
+            self._hear(entry)
+        engine.trace.observer = self._hear
+
+    def scale(self, stage: int, replicas: int) -> None:
+        """Have so many replicas of a stage. ConfigError where that cannot be."""
+        self._executor.scale(stage, replicas)
+
+    def news(self, now: float) -> Status | None:
+        """A status, where something has changed or the last one is a second old. Cheap where it is None."""
+        if now < self._looked + LOOK_SECONDS:
+            return None
+        self._looked = now
+        ranks = self._executor.status()
+        if now < self._told + TELL_SECONDS and self._seen == (ranks, self._engine.scheduler.routes.leaving):
+            return None
+        return self.status(now, ranks)
+
+    def status(self, now: float, ranks: list[RankStatus] | None = None) -> Status:
+        """How all replicas stand."""
+        ranks = self._executor.status() if ranks is None else ranks
+        routes = self._engine.scheduler.routes
+        self._told, self._seen = now, (ranks, set(routes.leaving))
+        crews: dict[Replica, list[RankStatus]] = {}
+        for rank in ranks:
+            crews.setdefault((rank.stage, rank.replica), []).append(rank)
+        return Status(
+            now,
+            self._plan.lost,
+            [(stage.layers.start, stage.layers.stop - 1) for stage in self._plan.stages],
+            [self._replica(replica, own) for replica, own in crews.items()],
+            list(self._busy),
+            list(self._reduces),
+            list(self._hops),
+            self._hop_seconds,
+        )
+
+    def _replica(self, replica: Replica, ranks: list[RankStatus]) -> ReplicaStatus:
+        stage, number = replica
+        scheduler, planned = self._engine.scheduler, self._plan.stages[stage].replicas
+        pools = scheduler.routes.pools_of(replica)
+        lost, why = self._lost.get(replica, (0.0, ""))
+        return ReplicaStatus(
+            stage,
+            number,
+            "leaving" if replica in scheduler.routes.leaving else ranks[0].state,
+            planned[min(number, len(planned) - 1)].host,
+            tuple(rank.pid for rank in ranks),
+            len(scheduler.on(replica)),
+            sum(path.in_flight for path in scheduler.routes.through(replica)),
+            sum(pool.count - 1 - pool.available for pool in pools),
+            sum(pool.count - 1 for pool in pools),
+            self._restarts[replica],
+            self._joined.get(replica, 0.0),
+            lost,
+            why,
+            self._own[replica],
+        )
+
+    def _hear(self, entry: StageSpan | Mark) -> None:
+        if isinstance(entry, StageSpan):
+            self._add(entry)
+        elif entry.stage is not None and entry.replica is not None:
+            replica = (entry.stage, entry.replica)
+            if entry.kind == "joined":
+                self._joined[replica] = entry.time
+            elif entry.kind == "lost":
+                self._restarts[replica] += 1
+                self._lost[replica] = entry.time, entry.text
+
+    def _add(self, span: StageSpan) -> None:
+        self._busy[span.stage] += span.busy
+        self._reduces[span.stage] += span.reduce_seconds
+        self._own[span.stage, span.replica] += span.busy
+        if span.rank:
+            return
+        if span.stage:
+            self._pair((span.step, span.stage), span.hidden, self._come, self._sent)
+        if span.sent:
+            self._pair((span.step, span.stage + 1), span.ended, self._sent, self._come)
+
+    def _pair(
+        self,
+        hop: tuple[int, int],
+        time: float,
+        own: OrderedDict[tuple[int, int], float],
+        others: OrderedDict[tuple[int, int], float],
+    ) -> None:
+        """One end of a hop; spans of both come in any order."""
+        other = others.pop(hop, None)
+        if other is None:
+            own[hop] = time
+            if len(own) > MAX_HALVES:
+                own.popitem(last=False)
+            return
+        seconds = abs(time - other)
+        self._hops[bisect_left(HOP_SECONDS, seconds)] += 1
+        self._hop_seconds += seconds
