@@ -149,8 +149,9 @@ def test_engines_killed_under_load(busy: ServerProcess, offline: LLM) -> None:
 
     asyncio.run(everyone())
     longest = sorted(pause for pause in pauses if pause > 0.3)
-    print("pauses above 0.3 s:", len(longest), "p50", longest[len(longest) // 2], "p99", longest[int(len(longest) * 0.99)])
-    assert len(longest) > 10 and longest[int(len(longest) * 0.99)] < 2.0
+    p50, p99 = (longest[int(len(longest) * share)] for share in (0.5, 0.99))
+    print(f"{len(longest)} pauses above 0.3 s, p50 {p50:.2f} s, p99 {p99:.2f} s")
+    assert len(longest) > 10 and p99 < 2.0
     busy.wait_idle()
 
 
