@@ -107,7 +107,9 @@ class Engine:
         return events
 
     def add(self, request: Request) -> None:
-        """Queue one sequence; RequestError or CapacityError where it cannot run."""
+        """Queue one sequence; RequestError, CapacityError or EngineDeadError where it cannot run."""
+        if not self.busy:
+            self.tend()  # what befell the workers since the last step
         self.scheduler.add(request)
 
     def finish(

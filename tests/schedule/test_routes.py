@@ -111,14 +111,14 @@ class StagedMachine(SchedulerMachine):
     @precondition(lambda self: len(self.flight) < 8)
     @rule()
     def plan(self) -> None:
+        self.now += 1
+        self.take(self.scheduler.expire(self.now))
         for replica in self.scheduler.left:
             self.scheduler.lose(replica)
             self.stages.lose(replica)
         if len({stage for stage, _ in self.stages.workers}) < 2:
             for which in (0, 2):
                 self.join(which)
-        self.now += 1
-        self.take(self.scheduler.expire(self.now))
         if step := self.scheduler.plan(self.now):
             assert -1 not in {token for chunk in step.chunks for token in chunk.tokens}, "no token is late here"
             self.flight.append((step, self.stages.run(step)))

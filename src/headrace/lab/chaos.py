@@ -4,6 +4,7 @@ the tokens of a quiet run, and nothing is left over."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -41,6 +42,7 @@ SPARED = 6  # of so many blows one hits anyone, whatever it does; the others a w
 STOPPED = 4  # of so many blows one stops a worker instead of killing it
 STALL_SECONDS = 120.0  # without a token: the run is given up
 RETURN_SECONDS = 60.0  # for all replicas to be back when the load has ended
+TOGETHER_SECONDS = 0.02  # between blows that count as one
 MAX_BLOWS = 10_000
 MAX_SCHEDULE_BYTES = 1 << 22
 
@@ -301,14 +303,13 @@ class _Saboteur(threading.Thread):
                 self._strike(blow)
                 self.blows += 1
             return
-        for number in range(MAX_BLOWS):
-            if not self._sleep(began + (number + 1) * self._options.every * self._random.uniform(0.95, 1.0)):
+        while self.blows < MAX_BLOWS and self._sleep(began + self._options.every):
+            at = self._someone()
+            if at is None:
                 return
-            at = self._someone(number)
-            if at is not None:
-                stops = self._random.randrange(STOPPED) == 0
-                self._hit(at, "STOP" if stops else "KILL", None)
-                self.blows += 1
+            began = time.monotonic()
+            self._hit(at, "STOP" if self._random.randrange(STOPPED) == 0 else "KILL", None)
+            self.blows += 1
 
     def _sleep(self, until: float) -> bool:
         """False where the load has ended."""
@@ -320,15 +321,13 @@ class _Saboteur(threading.Thread):
                 _send(entry[1], "CONT")
         return not self._ended.is_set()
 
-    def _someone(self, number: int) -> RankStatus | None:
-        """Whom to hit: most times a worker with sequences in mid-decode, waited for where there is none."""
-        deadline = time.monotonic() + self._options.every
-        spares = number % SPARED < SPARED - 1
+    def _someone(self) -> RankStatus | None:
+        """Whom to hit: most times a worker with sequences in mid-decode, waited for; None where the load has ended."""
+        spares = self.blows % SPARED < SPARED - 1
         while not self._ended.is_set():
             there = [at for at in self._executor.status() if at.pid]
-            able = [at for at in there if self._phase(at)[0] == "decode"] if spares else there
-            if able or time.monotonic() > deadline:
-                return self._random.choice(able or there) if able or there else None
+            if able := [at for at in there if not spares or self._phase(at)[0] == "decode"]:
+                return self._random.choice(able)
             self._ended.wait(0.002)
         return None
 
@@ -438,7 +437,9 @@ def _follow(hits: Sequence[Hit], marks: Sequence[Mark], times: Sequence[tuple[fl
         own = [mark for mark in marks if (mark.stage, mark.replica) == (hit.stage, hit.replica) and mark.time >= hit.at]
         lost = next((mark for mark in own if mark.kind == "lost"), None)
         joined = next((mark for mark in own if mark.kind == "joined"), None)
-        if lost is None or (joined is not None and joined.time < lost.time):
+        others = (one.at for one in hits if (one.stage, one.replica) == (hit.stage, hit.replica))
+        following = min((at for at in others if at > hit.at + TOGETHER_SECONDS), default=math.inf)
+        if lost is None or lost.time > following or (joined is not None and joined.time < lost.time):
             continue
         hit.detected = lost.time - hit.at
         start = bisect_right(moments, lost.time)

@@ -59,7 +59,9 @@ class Scheduler:
     # What the engine calls
 
     def add(self, request: Request) -> None:
-        """Queue a sequence. RequestError where it is malformed, CapacityError where it can never fit."""
+        """Queue a sequence. RequestError where it is malformed, CapacityError where it can never fit, EngineDeadError
+        where it would have to wait for workers and may not."""
+        self.routes.check_open()
         key = (request.id, request.sample_index)
         if key in self._sequences:
             raise RequestError(
