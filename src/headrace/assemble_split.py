@@ -185,6 +185,7 @@ class _Parts:
             cores=() if added else ranks[rank].cores or (),
             heartbeat=self.plan.heartbeat,
             fingerprint="" if planned.host is None else self._fingerprint,
+            kernels="" if planned.host is None else resolved.kernels,
         )
 
 
@@ -192,8 +193,8 @@ class _Parts:
 
 
 def build_rank(start: Start, group: Group | None) -> Runner | NativeRunner:
-    """Load what a rank holds, in its process. `group`: the ranks of its replica. ModelFileError where the model's files
-    are others than the coordinator's."""
+    """Load what a rank holds, in its process. `group`: the ranks of its replica. ModelFileError or ConfigError where
+    the model's files or the kernels are others than the coordinator's."""
     model, settings, place = open_model(start.model), start.settings, start.place
     if start.fingerprint and (ours := fingerprint(model.path)) != start.fingerprint:
         problem = f"is another model than the coordinator's: {ours} here, {start.fingerprint} there; copy it here"
@@ -201,6 +202,9 @@ def build_rank(start: Start, group: Group | None) -> Runner | NativeRunner:
     spec, layers, ends = model.spec, range(*start.layers), place.stage == place.stages - 1
     share = split(spec, place.ranks, column_blocks(model.file, spec))[place.rank] if place.ranks > 1 else None
     ops = choose_ops(settings.kernels, start.threads, settings.activations, group)
+    if start.kernels and ops.name != start.kernels:
+        problem = f"the kernels are {ops.name} here and {start.kernels} there, which round differently"
+        raise ConfigError(f"{problem}; set HEADRACE_ISA to an instruction set that all hosts have (headrace info)")
     decoder = Decoder(spec, load_weights(model.file, spec, ops, layers, share), layers, start.max_context, share)
     kv_heads = len(share.kv_heads) if share else spec.kv_heads
     caches = [

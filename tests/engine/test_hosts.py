@@ -20,6 +20,7 @@ from tests.tiny import write_tiny
 
 from headrace import LLM, SamplingParams, __version__
 from headrace.errors import ConfigError, HandshakeError
+from headrace.kernels import native
 from headrace.parallel.handshake import Handshake
 from headrace.parallel.joining import JOIN_LABEL, channel_secret, parse_address, read_secret
 from headrace.workers.clock import Clock
@@ -27,6 +28,7 @@ from headrace.workers.control import Hello, Ping, Pong, Refused, to_rank
 from headrace.workers.link import Link
 from headrace.workers.lobby import ACCEPTS, MAX_HANDSHAKES, Lobby
 
+ISAS = [] if native.missing() else list(native.supported_isas())
 NO_NAMESPACES = why_no_namespaces()
 namespaces = pytest.mark.skipif(NO_NAMESPACES is not None, reason=str(NO_NAMESPACES))
 
@@ -103,6 +105,14 @@ def test_a_worker_with_another_model_says_so(model, tmp_path):
         worker = started.worker(listening(coordinator), "b", "--once", "--model-dir", str(other.parent))
         coordinator.wait_for("ModelFileError: .*host b: .*is another model than the coordinator's: 1 file of .* there")
         assert worker.process.wait(20) == 1
+
+
+@pytest.mark.skipif(len(ISAS) < 2, reason="this machine, or this build, has one instruction set")
+def test_a_worker_with_other_kernels_says_so(model, tmp_path):
+    with hosts(tmp_path) as started:
+        coordinator = started.coordinator(model, "0-1 | 2-3 @b")
+        started.worker(listening(coordinator), "b", before=("env", f"HEADRACE_ISA={ISAS[-1]}"))
+        coordinator.wait_for(f"ConfigError: .*host b: the kernels are native-{ISAS[-1]} here and native-{ISAS[0]}")
 
 
 def test_a_host_that_is_not_in_the_plan_is_told(model, tmp_path):

@@ -20,14 +20,16 @@ class Clock:
     def __init__(self) -> None:
         self.offset = 0.0
         self.trips = 0
+        self.asks = False  # a ping is not answered yet
         self._error, self._when = math.inf, 0.0
 
     def ping(self) -> Ping:
+        self.asks = True
         return Ping(time.monotonic())
 
     def take(self, pong: Pong) -> None:
         """Learn from the answer to a ping."""
-        now = time.monotonic()
+        self.asks, now = False, time.monotonic()
         error = (now - pong.asked) / 2
         if error < 0:
             return

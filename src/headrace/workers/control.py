@@ -47,7 +47,8 @@ class Start(msgspec.Struct, frozen=True, tag=True, array_like=True):
     threads: int  # 0: left open until it is known how many cores there are
     cores: tuple[int, ...]  # empty: wherever the system likes
     heartbeat: float  # seconds of silence after which the rank counts as dead
-    fingerprint: str = ""  # of the model's files, for a rank on another host
+    fingerprint: str = ""  # of the model's files, and
+    kernels: str = ""  # the op set's name: both for a rank on another host
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True):

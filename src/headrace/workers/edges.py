@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import ChannelError, HeadraceError
 from ..parallel.channel import Edge, Receiver, Sender, open_receiver, open_sender
 from ..parallel.joining import channel_secret, watch
-from ..parallel.shm import ShmFds
+from ..parallel.shm import ShmFds, ShmReceiver, ShmSender
 from ..parallel.tcp import TcpListener, connect
 from .control import Connect, Connected, FromRank, Listening, Torn
 
@@ -125,8 +125,10 @@ class Edges:
         if edge in self.within:
             self.within.remove(edge)
         self.receivers = {fd: other for fd, other in self.receivers.items() if other is not end}
-        with suppress(HeadraceError):
+        if isinstance(end, ShmSender | ShmReceiver):
             end.close()
+        else:  # it may wait for an other end that is out of reach
+            threading.Thread(target=end.close).start()
 
     def close_receiver(self, fd: int) -> None:
         end = self.receivers[fd]

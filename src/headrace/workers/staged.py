@@ -358,7 +358,7 @@ class StagedExecutor:
                     self.pace.answered(rank.our_time(message.result).ended, time.monotonic())
         elif isinstance(message, Beat):
             rank.beating = True
-            if rank.there:
+            if rank.there and not rank.clock.asks:
                 rank.link.send(rank.clock.ping())
         elif isinstance(message, control.Pong):
             rank.clock.take(message)
