@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 
 from .errors import HeadraceError
-from .parallel.joining import watch
 from .processes import die_with_parent
 from .workers.joining import join
 
@@ -27,12 +26,10 @@ def serve(address: str, secret_file: str, name: str, model_dir: str = "") -> int
 
     joined = join(address, secret_file, name)
     start = joined.start
-    watch(joined.connection, 2 * start.heartbeat)
     here = Path(model_dir, Path(start.model).name)
     if model_dir and here.exists():
         start = msgspec.structs.replace(start, model=str(here))
-    done = obey(joined.link, start, joined.connection.getsockname()[0], joined.secret)
-    return 0 if done else FAILED
+    return 0 if obey(joined.link, start, joined) else FAILED
 
 
 def main() -> None:

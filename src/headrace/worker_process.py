@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, HeadraceError
+from .parallel.watch import Watch
 from .processes import die_with_parent
 from .workers.control import Failed, Ready, Start, ToRank, to_rank
 from .workers.link import Link
@@ -21,6 +22,7 @@ from .workers.worker import Worker, beat
 
 if TYPE_CHECKING:
     from .kernels.ops import Group
+    from .workers.joining import Joined
 
 
 def serve(connection: socket.socket) -> None:
@@ -28,13 +30,16 @@ def serve(connection: socket.socket) -> None:
     link: Link[ToRank] = Link(connection, to_rank)
     start = _first(link)
     if start is not None:
-        obey(link, start, "127.0.0.1")
+        obey(link, start)
 
 
-def obey(link: Link[ToRank], start: Start, host: str, secret: bytes = b"") -> bool:
-    """Be the rank that a Start describes; whether it could be. `host`: the address at which others reach it, `secret`:
-    the one that it joined with, where it did."""
-    threading.Thread(target=beat, args=(link, start.heartbeat), name="headrace-beat", daemon=True).start()
+def obey(link: Link[ToRank], start: Start, joined: Joined | None = None) -> bool:
+    """Be the rank that a Start describes; whether it could be. `joined`: how it came, where it is on another host."""
+    host, secret, watch = "127.0.0.1", b"", None
+    if joined is not None:
+        host, secret = joined.connection.getsockname()[0], joined.secret
+        watch = Watch(joined.connection, max(1.0, start.heartbeat))
+    threading.Thread(target=beat, args=(link, start.heartbeat, watch), name="headrace-beat", daemon=True).start()
     try:
         _pin(start.cores)
         from .assemble_split import build_rank  # slow to import, and the coordinator waits for signs of life

@@ -1,11 +1,9 @@
-"""What both sides of a worker's join need: the address, the shared secret, and a connection that notices when the other
-side has vanished."""
+"""What both sides of a worker's join need: the address and the shared secret."""
 
 from __future__ import annotations
 
 import hmac
 import os
-import socket
 import stat
 from pathlib import Path
 
@@ -52,15 +50,3 @@ def read_secret(path: str | Path) -> bytes:
 def channel_secret(secret: bytes, salt: bytes) -> bytes:
     """The secret of one run's channels, which differs from that of every other run."""
     return hmac.digest(secret, b"headrace channels" + salt, "sha256")
-
-
-def watch(connection: socket.socket, seconds: float) -> None:
-    """Let a TCP connection break about `seconds` after its other side has vanished without a word (a whole number of
-    seconds later where nothing is being sent), and send small messages at once. On Linux; others wait longer."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        idle = max(1, round(seconds / 2))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, idle)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))

@@ -14,9 +14,10 @@ import numpy as np
 
 from ..errors import ChannelError, HeadraceError
 from ..parallel.channel import Edge, Receiver, Sender, open_receiver, open_sender
-from ..parallel.joining import channel_secret, watch
+from ..parallel.joining import channel_secret
 from ..parallel.shm import ShmFds, ShmReceiver, ShmSender
 from ..parallel.tcp import TcpListener, connect
+from ..parallel.watch import Watcher
 from .control import Connect, Connected, FromRank, Listening, Torn
 
 CONNECT_SECONDS = 20.0
@@ -33,6 +34,7 @@ class Edges:
         self._edges: dict[int, Receiver | Sender] = {}
         self.within: list[int] = []  # those to other ranks of the replica
         self._opened: deque[tuple[Connect, Receiver | Sender | None, str]] = deque()
+        self._watcher = Watcher()
         self._opening: set[int] = set()  # by threads
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -65,7 +67,7 @@ class Edges:
             self._say(Listening(order.edge, listener.getsockname()[:2]))
             return listener
         connection = self._tcp_connection(order, host)
-        watch(connection, order.patience)
+        self._watcher.add(connection, order.patience)
         return connection
 
     def _tcp_connection(self, order: Connect, host: str) -> socket.socket:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..errors import ChannelError, HeadraceError
-from ..parallel.joining import JOIN_LABEL, parse_address, read_secret, watch
+from ..parallel.joining import JOIN_LABEL, parse_address, read_secret
 from ..parallel.tcp import connect
+from ..parallel.watch import LOOKS, Watch
 from .control import Hello, Ping, Pong, Refused, Start, ToRank, to_rank
 from .link import Link
 
@@ -42,13 +43,12 @@ def join(address: str, secret_file: str, name: str, say: Callable[[str], None] |
     while True:
         try:
             connection = connect(where, secret := read_secret(secret_file), JOIN_LABEL, CONNECT_SECONDS)
-            watch(connection, VANISHED_SECONDS)
+            watch = Watch(connection, VANISHED_SECONDS)
             link: Link[ToRank] = Link(connection, to_rank)
             link.send(Hello(__version__, name, len(os.sched_getaffinity(0)), os.getpid()))
             say(f"joined {address} as a worker of {name}")
             told, pause = "", PAUSE
-            start = _wait(link)
-            return Joined(start, link, connection, secret)
+            return Joined(_wait(link, watch), link, connection, secret)
         except (HeadraceError, OSError) as error:
             if told != str(error):
                 told = str(error)
@@ -57,11 +57,11 @@ def join(address: str, secret_file: str, name: str, say: Callable[[str], None] |
         pause = min(LONGEST_PAUSE, 2 * pause)
 
 
-def _wait(link: Link[ToRank]) -> Start:
+def _wait(link: Link[ToRank], watch: Watch) -> Start:
     """Answer pings until a Start comes. ChannelError where none will."""
     try:
-        while not link.closed:
-            select.select([link], [link] if link.unsent else [], [])
+        while not link.closed and not watch.vanished():
+            select.select([link], [link] if link.unsent else [], [], watch.seconds / LOOKS)
             link.flush()
             for message in link.receive():
                 if isinstance(message, Start):
@@ -72,7 +72,7 @@ def _wait(link: Link[ToRank]) -> Start:
                     raise ChannelError(f"refused by the coordinator: {message.reason}")
                 else:
                     raise ChannelError(f"the coordinator said {type(message).__name__} before Start")
-        raise ChannelError("the coordinator hung up")
+        raise ChannelError("the coordinator is gone")
     except BaseException:
         link.close()
         raise

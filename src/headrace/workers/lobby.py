@@ -18,7 +18,8 @@ from contextlib import suppress
 from .. import __version__
 from ..errors import ConfigError, HandshakeError, HeadraceError
 from ..parallel.handshake import Handshake
-from ..parallel.joining import JOIN_LABEL, parse_address, read_secret, watch
+from ..parallel.joining import JOIN_LABEL, parse_address, read_secret
+from ..parallel.watch import Watch
 from .control import Beat, FromRank, Hello, Ping, Pong, Refused, from_rank
 from .crew import Rank
 from .link import Link
@@ -129,7 +130,7 @@ class Lobby:
 
     def _greet(self, connection: socket.socket, address: str) -> None:
         try:
-            watch(connection, SILENCE_SECONDS)
+            Watch(connection, SILENCE_SECONDS)
             handshake = Handshake(connection, self.secret, JOIN_LABEL, listens=True)
         except (HandshakeError, OSError):
             connection.close()

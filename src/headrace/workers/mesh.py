@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from ..errors import ChannelError
 from ..parallel.channel import Edge, Receiver, Sender, open_receiver, open_sender
 from ..parallel.group import ChannelGroup, GroupSizes
-from ..parallel.joining import channel_secret, watch
+from ..parallel.joining import channel_secret
 from ..parallel.tcp import TcpListener, connect
+from ..parallel.watch import Watcher
 from .control import Meets, Mesh, Ping, Pong, Start, ToRank
 from .link import Link
 
@@ -35,17 +36,17 @@ def meet(link: Link[ToRank], start: Start, host: str, secret: bytes) -> ChannelG
             other: pool.submit(listeners[other].accept, key, f"{mesh.name} {other}>{rank}", CONNECT_SECONDS)
             for other in others
         }
-        sizes = GroupSizes(*mesh.sizes)
+        watcher, sizes = Watcher(), GroupSizes(*mesh.sizes)
         edge = Edge(f"{mesh.name} at rank {rank}", _most_bytes(sizes), MESSAGES)
         senders: list[Sender | None] = [None] * sizes.ranks
         receivers: list[Receiver | None] = [None] * sizes.ranks
         for other in others:
             connection = connect(mesh.addresses[other], key, f"{mesh.name} {rank}>{other}", CONNECT_SECONDS)
-            watch(connection, mesh.patience)
+            watcher.add(connection, mesh.patience)
             senders[other] = open_sender("tcp", connection, edge)
         for other in others:
             connection = coming[other].result()
-            watch(connection, mesh.patience)
+            watcher.add(connection, mesh.patience)
             receivers[other] = open_receiver("tcp", connection, edge)
     return ChannelGroup(sizes, rank, senders, receivers)
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 import numpy as np
 
 from ..errors import ChannelError
+from ..parallel.watch import Watch
 from ..trace import StageSpan
 from ..types import StepResult
 from .control import (
@@ -234,9 +235,10 @@ class Worker:
         self._spans, self._reported = [], time.monotonic()
 
 
-def beat(link: Link[ToRank], silence: float) -> None:
-    """In a thread: give signs of life, and end the process when its coordinator is gone, whatever it waits for."""
-    while not link.closed:
+def beat(link: Link[ToRank], silence: float, watch: Watch | None = None) -> None:
+    """In a thread: give signs of life, and end the process when its coordinator is gone, whatever it waits for. `watch`
+    tells of one on another host."""
+    while not link.closed and not (watch and watch.vanished()):
         if link.unsent:
             link.flush()
         else:
