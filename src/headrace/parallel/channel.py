@@ -77,7 +77,7 @@ class Sender(Protocol):
         """Send an array, of a dtype of DTYPES and at most 4 dimensions, under a number below 2^64. The array may be
         changed afterwards.
 
-        Does not wait for the receiver while fewer than the edge's `messages` are unread (`gloo` holds up to two more); then
+        Does not wait for the receiver while fewer than the edge's `messages` are unread (`gloo` holds two more); then
         waits at most the edge's `timeout` for room. ChannelError where it stays full (send again later), where the
         array cannot be sent, and once the receiver closed or died. A message that was underway then is lost.
         """
