@@ -242,7 +242,8 @@ def _emit(engine: Engine, door: Door, events: list[Event], reports: list[Report]
 
 
 def _refusal(request_id: str | None, error: HeadraceError) -> Refused:
-    return Refused(request_id, type(error).__name__, str(error))
+    known = next(kind for kind in type(error).__mro__ if kind.__module__ == HeadraceError.__module__)
+    return Refused(request_id, known.__name__, str(error))
 
 
 class Door:

@@ -23,6 +23,7 @@ from headrace.serve.live import MAX_CELLS, Row, cells
 
 WEB = Path(headrace.__file__).parent / "serve" / "web"
 DASHBOARD = Path(headrace.__file__).parent / "serve" / "dashboard.json"
+OF_STAGES = re.compile("headrace_(replica|stage|hop|reduce|kv_pages)")  # metrics that only split models have
 
 # -- files -------------------------------------------------------------------------------------------------------------
 
@@ -184,6 +185,7 @@ def test_every_name_of_the_dashboard_is_a_metric(tiny_server: ServerProcess):
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queries.append(dashboard["templating"]["list"][1]["query"]["query"])
     used = {name for query in queries for name in re.findall(r"\bheadrace_\w+", query)}
+    used = {name for name in used if not OF_STAGES.match(name)}
     counters_without_series = {"headrace_engine_restarts_total", "headrace_requests_refused_total"} & typed
     assert used <= offered | counters_without_series
     assert len(used) > 20 and "headrace_kv_cache_usage" not in offered
@@ -279,6 +281,7 @@ def test_live_view(browser: Any, faults: list[str], server: ServerProcess, schem
     until(page, "document.querySelectorAll('#waterfall [role=row] .k-decode').length >= 8")
     thread.join()
     until(page, "document.getElementById('t-running').textContent === '0'")
+    assert page.is_hidden("#stages"), "of a model that is not split"
     assert "prefill and" in page.text_content("#step-note") and "kept" in page.text_content("#page-note")
     for canvas in ("#c-rate", "#c-steps", "#c-pages"):
         colours = page.evaluate(
@@ -293,6 +296,52 @@ def test_live_view(browser: Any, faults: list[str], server: ServerProcess, schem
     assert dark == (scheme == "dark")
     assert not faults
     page.context.close()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_stages(browser: Any, faults: list[str], tiny_model: str, tmp_path: Path, scheme: str, width: int):
+    """A row a replica, with its state and what it does; lanes of steps; a trace to save."""
+    keys = tmp_path / "keys"
+    keys.write_text("admin-key\n")
+    flags = ["--plan", "0-0 x2 | 1-2", "--admin-key-file", str(keys)]
+    with ServerProcess(f"tiny={tiny_model}", *flags, log=tmp_path / "log") as server:
+        options = {"color_scheme": scheme, "viewport": {"width": width, "height": 844}}
+        page = opened(browser, faults, server.url + "/#live", **options)
+        until(page, "document.querySelectorAll('#replicas tbody tr').length === 3")
+        assert page.locator("#replicas tbody th").all_text_contents() == [
+            "0.0layers 0–0",
+            "0.1layers 0–0",
+            "1.0layers 1–2",
+        ]
+        body = {"prompt": [[n + 1] * 60 for n in range(8)], "max_tokens": 400, "ignore_eos": True}
+        Thread(target=server.post, args=("/v1/completions", body)).start()
+        until(page, "/[1-9][0-9]* steps in 4 s/.test(document.getElementById('lane-note').textContent)")
+        os.kill(look(server)["stages"][0]["replicas"][1]["pids"][0], signal.SIGKILL)
+        until(page, "document.querySelector('#replicas .fate')?.textContent.includes('SIGKILL')")
+        until(page, "document.getElementById('lane-note').textContent.includes('1 lost')")
+        lost = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--lost')").strip()
+        drawn = page.evaluate(
+            "() => { const c = document.getElementById('c-lanes'); const d = c.getContext('2d').getImageData(0, 0,"
+            " c.width, c.height).data; const s = new Set(); for (let i = 0; i < d.length; i += 4) s.add('#' +"
+            " [d[i], d[i+1], d[i+2]].map((v) => v.toString(16).padStart(2, '0')).join('')); return [...s]; }"
+        )
+        assert lost in drawn and len(drawn) > 4
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut off"
+        until(
+            page,
+            "[...document.querySelectorAll('#replicas tbody td:nth-child(2)')].every((c) => c.textContent === 'ready')",
+        )
+        assert not faults
+        page.fill("#admin-key", "wrong")
+        page.press("#admin-key", "Enter")
+        until(page, "document.getElementById('timeline-note').textContent.includes('a valid API key')")
+        faults.clear()
+        page.fill("#admin-key", "admin-key")
+        with page.expect_download() as saved:
+            page.click("#timeline button")
+        assert len(json.loads(Path(saved.value.path()).read_text())["traceEvents"]) > 50
+        assert not faults
+        page.context.close()
 
 
 def test_keys(browser: Any, faults: list[str], tiny_model: str, tmp_path: Path):

@@ -1,4 +1,5 @@
-"""What the live view shows: the last steps, the last requests as waterfalls, and the pages as a map.
+"""What the live view shows: the last steps, the last requests as waterfalls, the pages as a map, and of a split model
+what each rank did.
 
 Hearing of a step costs an append; it is taken apart when somebody looks.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from ..async_llm import AsyncLLM
 from ..workers.wire import OpenedPart, Report
 from .faults import Fault
 from .replies import dumps
+from .stages import describe
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -31,8 +34,10 @@ MAX_ROWS = 96  # sequences shown
 MAX_SPANS = 48  # of a sequence; what comes later widens the last one
 MAX_HANDLES = 8192
 MAX_CELLS = 2048  # of a pool's map
-MAP_SECONDS = 0.5  # for which a map is not asked for again
-MAP_PATIENCE = 1.0  # seconds to wait for the engine's map
+ASK_SECONDS = 0.5  # for which the engine is not asked the same again
+PATIENCE = 1.0  # seconds to wait for its answer
+LANE_SECONDS = 4.0  # shown of a split model's ranks
+MAX_LANE_SPANS = 2000
 JOIN_SECONDS = 0.25  # decode steps closer than this are drawn as one
 
 
@@ -73,7 +78,7 @@ class Live:
         self._count = 0  # steps heard of
         self._rows: OrderedDict[tuple[str, int], Row] = OrderedDict()
         self._handles: OrderedDict[tuple[str, int], OpenedPart] = OrderedDict()
-        self._maps: dict[str, tuple[float, asyncio.Task[list[dict[str, Any]]]]] = {}
+        self._answers: dict[tuple[str, str], tuple[float, asyncio.Task[Any]]] = {}
         metrics.watch(self._hear)
 
     def routes(self) -> list[Route]:
@@ -167,31 +172,39 @@ class Live:
             raise Fault(400, "since must be a step's number", param="since") from None
         served = self._models.find(request.query_params.get("model"))
         has_pages = served.state == "ready" and isinstance(served.engine, AsyncLLM)
-        pages = await self._pages(served) if has_pages else None
+        pages, lanes = await asyncio.gather(
+            self._ask(served, "pages", _map, has_pages), self._ask(served, "lanes", _lanes, served.status is not None)
+        )
         self._digest()
+        status = served.status
         return _json(
             {
                 "now": time.monotonic(),
                 "model": served.name,
-                "state": served.state,
+                "state": served.condition,
                 "generated": self._metrics.tally.tokens.get(served.name, 0),
                 "live": served.engine.live,
                 "step": self._count,
                 "steps": [step for step in self._steps if step[0] > since or since > self._count],
                 "requests": list(self._rows.values()),
                 "pages": pages,
+                **({"at": status.at, "stages": describe(status), "lanes": lanes} if status else {}),
             }
         )
 
-    async def _pages(self, served: Served) -> list[dict[str, Any]] | None:
-        """One question to the engine at a time, for all who look."""
-        asked, task = self._maps.get(served.name, (-1.0, None))
+    async def _ask(
+        self, served: Served, what: str, ask: Callable[[Served], Coroutine[Any, Any, Any]], is_there: bool
+    ) -> Any:
+        """One question of a kind to the engine at a time, for all who look. None where it does not answer."""
+        if not is_there:
+            return None
+        asked, task = self._answers.get((served.name, what), (-1.0, None))
         now = time.monotonic()
-        if task is None or (now - asked > MAP_SECONDS and task.done()):
-            task = asyncio.create_task(_map(served))
+        if task is None or (now - asked > ASK_SECONDS and task.done()):
+            task = asyncio.create_task(ask(served))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen, even if nobody waits
-            self._maps[served.name] = now, task
-        await asyncio.wait([task], timeout=MAP_PATIENCE)
+            self._answers[served.name, what] = now, task
+        await asyncio.wait([task], timeout=PATIENCE)
         if not task.done() or task.cancelled() or task.exception() is not None:
             return None
         return task.result()
@@ -199,6 +212,22 @@ class Live:
 
 async def _map(served: Served) -> list[dict[str, Any]]:
     return [cells(pool) for pool in (await served.llm.page_map()).pools]
+
+
+async def _lanes(served: Served) -> dict[str, Any]:
+    """What each rank did of late: spans as [step, stage, replica, rank, prefill (0 or 1), received, started, ended],
+    and what befell the workers as [time, kind, stage, replica, why]."""
+    recent = await served.llm.recent(LANE_SECONDS, MAX_LANE_SPANS)
+    prefill = {step.number for step in recent.steps if step.rows > step.chunks}
+    return {
+        "seconds": LANE_SECONDS,
+        "spans": [
+            [one.step, one.stage, one.replica, one.rank, int(one.step in prefill)]
+            + [round(time, 5) for time in (one.hidden, one.started, one.ended)]
+            for one in recent.spans
+        ],
+        "marks": [[round(one.time, 5), one.kind, one.stage, one.replica, one.text] for one in recent.marks],
+    }
 
 
 def cells(pool: bytes) -> dict[str, Any]:

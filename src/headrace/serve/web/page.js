@@ -263,6 +263,7 @@ function take(state, model) {
   $("t-step").textContent = times.length ? times[times.length >> 1].toFixed(1) : "–";
   drawRate();
   drawSteps(own.slice(-SHOWN_STEPS));
+  drawStages(state);
   drawRequests(choose(state.requests.filter((one) => one.model === model).reverse()), state.now);
 }
 
@@ -348,6 +349,115 @@ function drawPages(pools) {
     (per > 1 ? ` · a cell is ${per} pages` : "");
   canvas.setAttribute("aria-label", `KV pages: ${$("page-note").textContent.slice(2)}`);
 }
+
+// -- stages of a split model. A span is [step, stage, replica, rank, prefill, hidden states received, started, ended], a
+// mark [time, kind, stage, replica, why].
+
+let busyBefore = new Map();
+
+function drawStages(state) {
+  $("stages").hidden = !state.stages;
+  if (!state.stages) return;
+  const busyNow = new Map();
+  $("replicas").tBodies[0].replaceChildren(...state.stages.flatMap((stage) => stage.replicas.flatMap((one) => {
+    const name = `${stage.stage}.${one.replica}`, old = busyBefore.get(name), seconds = state.at - (old?.at ?? state.at);
+    const measured = seconds >= 0.5 ? Math.max(0, (one.busy - old.busy) / seconds / one.pids.length) : old?.share;
+    busyNow.set(name, seconds >= 0.5 || !old ? { at: state.at, busy: one.busy, share: measured } : old);
+    const row = element("tr"), head = element("th", "", name), condition = element("td", one.state === "ready" ? "" : "bad", one.state);
+    head.scope = "row";
+    head.append(element("small", "", `layers ${stage.layers.join("–")}${one.host ? ` on ${one.host}` : ""}`));
+    const share = measured === undefined ? "–" : `${(100 * Math.min(1, measured)).toFixed(0)}%`;
+    row.append(head, condition, ...[one.sequences, share, `${one.pages_held}/${one.pages}`, one.restarts]
+      .map((text) => element("td", "", String(text))));
+    if (one.lost_for === null || one.lost_for > 60) return [row];
+    const again = element("tr"), told = element("td", "fate", `lost ${one.lost_for.toFixed(0)} s ago: ${one.why}`);
+    told.colSpan = 6;
+    again.append(told);
+    return [row, again];
+  })));
+  busyBefore = busyNow;
+  if (state.lanes) drawLanes(state.stages, state.lanes, state.now);
+}
+
+function drawLanes(stages, lanes, now) {
+  const ranks = [...new Set([
+    ...stages.flatMap((stage) => stage.replicas.flatMap((one) => one.pids.map((_, rank) => [stage.stage, one.replica, rank]))),
+    ...lanes.spans.map(([, stage, replica, rank]) => [stage, replica, rank]),  // also of those that have left
+  ].map((rank) => rank.join(".")))];
+  ranks.sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+  const tall = 26, left = 44;
+  const [context, width, height] = surface($("c-lanes"), ranks.length * tall + 14);
+  const fate = lanes.marks.filter(([, kind]) => kind === "lost" || kind === "joined");
+  const shown = lanes.spans.slice(-ranks.length * width / 10);  // so that a step has room; all, where something befell
+  const oldest = fate.length ? 0 : Math.min(now - 0.2, ...shown.map(([, , , , , , started]) => started));
+  const span = Math.min(lanes.seconds, now - oldest);
+  const x = (time) => left + (width - left) * (1 - (now - time) / span);
+  const top = new Map(ranks.map((rank, i) => [rank, i * tall]));
+  context.textAlign = "left";
+  for (const [rank, y] of top) {
+    context.fillStyle = colour("ground");
+    context.fillRect(left, y + 2, width - left, tall - 4);
+    context.fillStyle = colour("soft");
+    context.fillText(rank.endsWith(".0") ? rank.slice(0, -2) : rank, 2, y + 15);
+  }
+  context.save();
+  context.beginPath();
+  context.rect(left, 0, width - left, height);
+  context.clip();
+  const ends = new Map();
+  for (const [step, stage, replica, rank, prefill, , started, ended] of lanes.spans) {
+    const y = top.get(`${stage}.${replica}.${rank}`);
+    context.globalAlpha = step % 2 ? 1 : 0.6;  // so that neighbours are told apart
+    context.fillStyle = colour(prefill ? "prefill" : "decode");
+    context.fillRect(x(started), y + 4, Math.max(0.5, x(ended) - x(started)), tall - 8);
+    if (!rank) ends.set(`${step}.${stage}`, [x(ended), y + tall / 2]);
+  }
+  context.globalAlpha = 0.55;
+  context.strokeStyle = colour("text");
+  context.lineWidth = 0.6;
+  context.beginPath();
+  for (const [step, stage, replica, rank, , hidden] of lanes.spans) {
+    const from = ends.get(`${step}.${stage - 1}`);
+    if (!from || rank) continue;
+    context.moveTo(...from);
+    context.lineTo(Math.max(from[0], x(hidden)), top.get(`${stage}.${replica}.0`) + tall / 2);
+  }
+  context.stroke();
+  context.globalAlpha = 1;
+  for (const [time, kind, stage, replica] of fate) {
+    const y = top.get(`${stage}.${replica}.0`);
+    if (y === undefined) continue;
+    context.fillStyle = colour(kind === "lost" ? "lost" : "kept");
+    context.fillRect(x(time) - 1.5, y, 3, tall);
+  }
+  context.restore();
+  context.fillStyle = colour("soft");
+  context.textAlign = "left";
+  context.fillText(`${span.toFixed(1)} s ago`, left, height - 2);
+  context.textAlign = "right";
+  context.fillText("now", width - 2, height - 2);
+  const lost = fate.filter(([, kind]) => kind === "lost").length;
+  const steps = new Set(lanes.spans.map(([step]) => step)).size;
+  $("lane-note").textContent = `· ${steps} steps in ${lanes.seconds.toFixed(0)} s${lost ? `, ${lost} lost` : ""}`;
+  $("c-lanes").setAttribute("aria-label", `Steps on ${ranks.length} ranks ${$("lane-note").textContent}`);
+}
+
+$("timeline").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const headers = { Authorization: `Bearer ${$("admin-key").value.trim()}` };
+  try {
+    const response = await fetch(`/admin/timeline?seconds=10&model=${encodeURIComponent($("model").value)}`, { headers });
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    const link = element("a"), address = URL.createObjectURL(await response.blob());
+    link.href = address;
+    link.download = "timeline.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(address), 10_000);
+    $("timeline-note").textContent = "Saved; open it in Perfetto.";
+  } catch (error) {
+    $("timeline-note").textContent = error.message;
+  }
+});
 
 // Those that run, the next in the queue, and the latest that have ended.
 function choose(rows) {
