@@ -47,6 +47,8 @@ def obey(link: Link[ToRank], start: Start, joined: Joined | None = None) -> bool
         runner = build_rank(start, _group(link, start, host, secret) if start.place.ranks > 1 else None)
     except HeadraceError as error:
         link.send(Failed(type(error).__name__, str(error)))
+        if joined is not None:
+            print(f"headrace worker: {error}", file=sys.stderr, flush=True)
         return False
     worker = Worker(link, start.place, runner, host, secret)
     link.send(Ready(os.getpid()))

@@ -38,7 +38,7 @@ from .pace import Pace
 from .wire import error_of_kind
 
 START_SECONDS = 60.0  # for a process to give its first sign of life
-QUIET_SECONDS = 0.3  # of waiting for other hosts before it is said
+QUIET_SECONDS = 0.3  # of waiting for other hosts before it is said, and again
 LOOK_SECONDS = 0.05  # between looks at who has fallen silent
 END_SECONDS = 2.0
 
@@ -120,13 +120,12 @@ class StagedExecutor:
     def wait_ready(self) -> None:
         """Wait until every replica has joined; those of other hosts, whose workers may come later, only until each
         stage has one. A warning says which workers are missing. Raises what kept a replica from starting."""
-        told, began = "", time.monotonic()
+        told, quiet = "", time.monotonic() + QUIET_SECONDS
         try:
             while not self._can_begin():
                 self._turn(LOOK_SECONDS)
-                missing = self._missing()
-                if missing != told and time.monotonic() > began + QUIET_SECONDS:
-                    told = missing
+                if time.monotonic() > quiet and (missing := self._missing()) != told:
+                    told, quiet = missing, time.monotonic() + QUIET_SECONDS
                     if missing:
                         warnings.warn(missing, stacklevel=2)
         except BaseException:
@@ -154,9 +153,11 @@ class StagedExecutor:
         if self._lobby is None or not wanted:
             return ""
         (host, port), refused = self._lobby.address, self._lobby.refused
-        hosts = " and ".join(f"{count} worker{'s' * (count > 1)} from host {host}" for host, count in wanted.items())
+        lacking = {name: count - self._lobby.waiting(name) for name, count in wanted.items()}
+        each = (f"{count} worker{'s' * (count > 1)} from host {name}" for name, count in lacking.items() if count > 0)
+        hosts = " and ".join(each)
         last = f"; the last that was refused: {refused}" if refused else ""
-        return f"listening at {host}:{port}, waiting for {hosts}{last}"
+        return f"listening at {host}:{port}, waiting for {hosts}{last}" if hosts else ""
 
     @property
     def plan(self) -> Plan:
