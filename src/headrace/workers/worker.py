@@ -70,6 +70,7 @@ class Worker:
         self._edges = Edges(host, link.send, secret)
         self._waiting: dict[int, _Waiting] = {}  # for their hidden states, by step
         self._early: dict[int, np.ndarray] = {}  # hidden states before their steps
+        self._handed: deque[tuple[int, np.ndarray]] = deque()  # by the leader of the ranks, in its order
         self._unwanted: set[int] = set()  # steps whose hidden states may still come
         self._first = 0  # steps before it are forgotten
         self._ready: deque[_Waiting] = deque()
@@ -148,6 +149,7 @@ class Worker:
             self._give(waiting, hidden)
         else:
             self._waiting[number] = waiting
+            self._follow()
 
     def _hear(self, fd: int) -> None:
         """Take the hidden states that have come over one edge."""
@@ -155,7 +157,9 @@ class Worker:
         try:
             while (message := receiver.receive(0.0)) is not None:
                 number, hidden = message
-                if (waiting := self._waiting.pop(number, None)) is not None:
+                if not self._leads:
+                    self._handed.append((number, hidden.copy()))
+                elif (waiting := self._waiting.pop(number, None)) is not None:
                     self._give(waiting, hidden.copy())
                 elif number in self._unwanted:
                     self._unwanted.discard(number)
@@ -163,6 +167,14 @@ class Worker:
                     self._early[number] = hidden.copy()
         except ChannelError:
             self._edges.close_receiver(fd)  # the coordinator knows why, or will
+        self._follow()
+
+    def _follow(self) -> None:
+        """Launch steps in the leader's order, also where their hidden states have overtaken them: ranks that computed
+        different steps would add up what does not belong together."""
+        while self._handed and self._handed[0][0] in self._waiting:
+            number, hidden = self._handed.popleft()
+            self._give(self._waiting.pop(number), hidden)
 
     def _give(self, waiting: _Waiting, hidden: np.ndarray) -> None:
         if hidden.dtype == NO_HIDDEN.dtype:
