@@ -334,6 +334,19 @@ def test_gloo_between_hosts(model, expected, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_killed_takes_its_replica_with_it_and_both_come_back(model, tmp_path):
+    with hosts(tmp_path) as started:
+        coordinator = started.coordinator(model, "0-1 | 2-3 /2 @b")
+        started.worker(listening(coordinator), "b", "--workers", "2")
+        coordinator.ready()
+        quiet = coordinator.obey(**WORK)["tokens"]
+        before = {one[3] for one in coordinator.obey(wait=3)["status"] if one[0] == 1}
+        assert coordinator.obey(kill=[1, 0], **WORK)["tokens"] == quiet
+        after = {one[3] for one in coordinator.obey(wait=3)["status"] if one[0] == 1}
+        assert len(before) == len(after) == 2 and not before & after
+
+
+@pytest.mark.slow
 def test_two_coordinators_with_one_secret_do_not_mix(model, expected, tmp_path):
     with hosts(tmp_path) as started:
         both = [started.coordinator(model, plan) for plan in ("0-1 | 2-3 @b", "0-0 @b | 1-2 @c | 3-3")]
