@@ -59,6 +59,12 @@ class Process:
             if name == stream and (match := re.search(pattern, line)):
                 return match
 
+    def lines(self) -> list[str]:
+        """All that it said until now."""
+        while not self._lines.empty():
+            self.said.append(self._lines.get()[1])
+        return self.said
+
     def send_signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..errors import ChannelError, HeadraceError
+from ..parallel.handshake import Handshake, complete
 from ..parallel.joining import JOIN_LABEL, parse_address, read_secret
-from ..parallel.tcp import connect
 from ..parallel.watch import LOOKS, Watch
 from .control import Hello, Ping, Pong, Refused, Start, ToRank, to_rank
 from .link import Link
 
 CONNECT_SECONDS = 5.0
 VANISHED_SECONDS = 5.0  # after which a coordinator that does not acknowledge anything counts as gone
-PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds between two attempts: twice as long each time
+PAUSE, LONGEST_PAUSE = 0.1, 2.0  # seconds between two attempts: twice as long each time
 
 
 class Joined(NamedTuple):
@@ -40,15 +40,19 @@ def join(address: str, secret_file: str, name: str, say: Callable[[str], None] |
     where = parse_address(address, "--join")
     read_secret(secret_file)
     say, told, pause = say or _say, "", PAUSE
+
+    def welcome() -> None:
+        nonlocal told, pause
+        say(f"joined {address} as a worker of {name}")
+        told, pause = "", PAUSE
+
     while True:
         try:
-            connection = connect(where, secret := read_secret(secret_file), JOIN_LABEL, CONNECT_SECONDS)
+            connection = _connect(where, secret := read_secret(secret_file))
             watch = Watch(connection, VANISHED_SECONDS)
             link: Link[ToRank] = Link(connection, to_rank)
             link.send(Hello(__version__, name, len(os.sched_getaffinity(0)), os.getpid()))
-            say(f"joined {address} as a worker of {name}")
-            told, pause = "", PAUSE
-            return Joined(_wait(link, watch), link, connection, secret)
+            return Joined(_wait(link, watch, welcome), link, connection, secret)
         except (HeadraceError, OSError) as error:
             if told != str(error):
                 told = str(error)
@@ -57,8 +61,26 @@ def join(address: str, secret_file: str, name: str, say: Callable[[str], None] |
         pause = min(LONGEST_PAUSE, 2 * pause)
 
 
-def _wait(link: Link[ToRank], watch: Watch) -> Start:
-    """Answer pings until a Start comes. ChannelError where none will."""
+def _connect(where: tuple[str, int], secret: bytes) -> socket.socket:
+    """A connection to a coordinator that has proved the secret."""
+    deadline = time.monotonic() + CONNECT_SECONDS
+    try:
+        connection = socket.create_connection(where, CONNECT_SECONDS)
+    except OSError as error:
+        raise ChannelError(f"no coordinator at {where[0]}:{where[1]}: {error.strerror or error}") from None
+    try:
+        if connection.getsockname() == connection.getpeername():  # TCP's simultaneous open, with itself
+            raise ChannelError(f"no coordinator at {where[0]}:{where[1]}: nobody listens")
+        complete(Handshake(connection, secret, JOIN_LABEL, listens=False), deadline)
+        return connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _wait(link: Link[ToRank], watch: Watch, welcome: Callable[[], None]) -> Start:
+    """Answer pings until a Start comes; the first says that we are wanted. ChannelError where none will come."""
+    pinged = False
     try:
         while not link.closed and not watch.vanished():
             select.select([link], [link] if link.unsent else [], [], watch.seconds / LOOKS)
@@ -68,6 +90,9 @@ def _wait(link: Link[ToRank], watch: Watch) -> Start:
                     return message
                 if isinstance(message, Ping):
                     link.send(Pong(message.time, time.monotonic()))
+                    if not pinged:
+                        pinged = True
+                        welcome()
                 elif isinstance(message, Refused):
                     raise ChannelError(f"refused by the coordinator: {message.reason}")
                 else:
