@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -106,8 +107,7 @@ def test_every_stream_goes_on_with_the_same_tokens(split: ServerProcess, quiet: 
     engines, restarts = split.engine_pids(), split.metric("replica_restarts_total")
     clients = started(split)
     wait_for_events(clients, 3)
-    victim = until(lambda: next((one for one in replicas(split) if one["stage"] and one["sequences"]), None))
-    os.kill(victim["pids"][0], how)
+    os.kill(next(one["pids"][0] for one in replicas(split) if one["stage"] == 1), how)
     assert tokens(clients) == quiet
     assert split.engine_pids() == engines and not split.metric("engine_restarts_total")
     until(lambda: split.metric("replica_restarts_total") == restarts + 1)
@@ -142,6 +142,8 @@ def test_a_drain_ends_all(tiny_model: str, quiet: list[list[int]], tmp_path: Pat
 
 def test_health_metrics_and_log(split: ServerProcess):
     until(lambda: whole(split))
+    body = {"prompt": [[1] * 60, [2] * 60, [3] * 60, [4] * 60], "max_tokens": 30, "ignore_eos": True}
+    assert split.post("/v1/completions", body)[0] == 200
     split.wait_idle()
     status, body = split.call("GET", "/health")
     two = {"ready": 2, "replicas": 2}
@@ -149,7 +151,7 @@ def test_health_metrics_and_log(split: ServerProcess):
         200,
         {"status": "ok", "stages": [{"stage": 0, **two}, {"stage": 1, **two}], "degraded": []},
     )
-    time.sleep(1.1)  # sums come once a second
+    until(lambda: split.metric("hop_seconds_count") > 10 and not split.metric("kv_pages"))  # told once a second
     text = split.call("GET", "/metrics")[1]
     families = {family.name: family for family in text_string_to_metric_families(text)}
     both = {("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")}
@@ -220,7 +222,13 @@ def lost_stage(server: ServerProcess) -> int:
 @pytest.mark.parametrize("policy", ["wait", "fail"])
 def test_a_stage_without_replica(tiny_model: str, tmp_path: Path, policy: str):
     body = {"prompt": [1, 2, 3], "max_tokens": 5, "ignore_eos": True, "temperature": 0}
-    with serving(tiny_model, f"0-0 | 1-2; lost={policy}", tmp_path) as server:
+    plan, config = f"0-0 | 1-2; lost={policy}", tmp_path / "config.yaml"
+    if policy == "wait":
+        config.write_text(f"plan: {json.dumps(plan)}\n")
+        server = ServerProcess(f"tiny={tiny_model}", "--config", str(config), log=tmp_path / "log")
+    else:
+        server = ServerProcess(f"tiny={tiny_model}", log=tmp_path / "log", HEADRACE_SERVE_PLAN=plan)
+    with server:
         quiet = server.post("/v1/completions", body)[1]["choices"]
         next_one = lost_stage(server)
         status, health = server.call("GET", "/health")
@@ -281,7 +289,9 @@ def test_replicas_join_and_leave_under_load(split: ServerProcess, quiet: list[li
     more = started(split)
     assert tokens(clients) == tokens(more) == quiet
     until(lambda: len(replicas(split)) == 3)
-    os.kill(split.engine_pids()[0], signal.SIGKILL)  # the next engine knows what was asked for
+    (engine,) = split.engine_pids()
+    os.kill(engine, signal.SIGKILL)  # the next engine knows what was asked for
+    until(lambda: split.engine_pids() not in ([], [engine]))
     until(lambda: len(replicas(split)) == 3 and whole(split))
     keys = Path(split.log_path).parent / "keys"
     done = subprocess.run(

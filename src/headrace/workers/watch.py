@@ -48,15 +48,14 @@ class StageWatch:
             return None
         self._looked = now
         ranks = self._executor.status()
-        if now < self._told + TELL_SECONDS and self._seen == (ranks, self._engine.scheduler.routes.leaving):
+        if now < self._told + TELL_SECONDS and self._seen == self._state(ranks):
             return None
         return self.status(now, ranks)
 
     def status(self, now: float, ranks: list[RankStatus] | None = None) -> Status:
         """How all replicas stand."""
         ranks = self._executor.status() if ranks is None else ranks
-        routes = self._engine.scheduler.routes
-        self._told, self._seen = now, (ranks, set(routes.leaving))
+        self._told, self._seen = now, self._state(ranks)
         crews: dict[Replica, list[RankStatus]] = {}
         for rank in ranks:
             crews.setdefault((rank.stage, rank.replica), []).append(rank)
@@ -70,6 +69,10 @@ class StageWatch:
             list(self._hops),
             self._hop_seconds,
         )
+
+    def _state(self, ranks: list[RankStatus]) -> object:
+        """What is told at once where it changes."""
+        return ranks, set(self._engine.scheduler.routes.leaving), self._engine.busy
 
     def _replica(self, replica: Replica, ranks: list[RankStatus]) -> ReplicaStatus:
         stage, number = replica
