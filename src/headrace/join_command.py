@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from .errors import ConfigError
 from .guest_process import FAILED
 from .parallel.joining import parse_address, read_secret
 from .plan.plan import HOST_NAME
+from .workers.crew import environment
 
 MAX_WORKERS = 64
 LOOK_SECONDS = 0.1
@@ -33,7 +34,7 @@ class _Place:
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     due: float = 0.0
-    short_lives: int = field(default=0)
+    short_lives: int = 0
 
     def ended(self, code: int, now: float) -> None:
         self.process = None
@@ -77,7 +78,7 @@ def _keep(places: list[_Place], command: list[str], once: bool) -> int:
         for place in list(places):
             if place.process is None and now >= place.due:
                 place.began = now
-                place.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+                place.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment())
             elif place.process is not None and (ended := place.process.poll()) is not None:
                 place.ended(ended, now)
                 if once:

@@ -174,13 +174,13 @@ def _spawn(starter: ThreadPoolExecutor) -> Rank:
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=_environment(),
+            env=environment(),
         )
         process = starter.submit(start).result()
     return Rank(Link(ours, from_rank), process, time.monotonic(), pid=process.pid)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's own, so that the rank imports the same modules; numpy's threads would only be in the way."""
     threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ}
     return {**os.environ, **threads}
