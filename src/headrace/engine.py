@@ -67,7 +67,7 @@ class Engine:
         elif isinstance(outcome, Broken):
             return self._fail(outcome.number, outcome.error)
         elif isinstance(outcome, Change):
-            self._change(outcome)
+            events = self._change(outcome)
         for replica in self.scheduler.left:
             self.executor.stop(replica)
             self._lose(Change("lost", replica))
@@ -84,13 +84,17 @@ class Engine:
             self.observer(step, entry)
         return events
 
-    def _change(self, change: Change) -> None:
+    def _change(self, change: Change) -> list[Event]:
+        events: list[Event] = []
         if change.kind == "joined":
             self.scheduler.join(change.replica)
         elif change.kind == "leaving":
             self.scheduler.leave(change.replica)
         else:
+            if change.crashed:
+                events = self.scheduler.blame(change.replica, time.monotonic())
             self._lose(change)
+        return events
 
     def _lose(self, change: Change) -> None:
         """Steps through a replica that is gone are nobody's any more: its sequences run again."""

@@ -272,6 +272,36 @@ def test_prefixes_on_a_replica_that_survives_are_used(shared: LLM) -> None:
         sound(llm)
 
 
+@pytest.mark.parametrize("plan", [TWICE, "0-2"])
+def test_a_request_that_crashes_its_workers_ends_alone(tiny: str, expected: list[list[int]], plan: str) -> None:
+    """Whenever it is computed, its worker gets what a bad access would give it. All others have their tokens."""
+    with LLM(tiny, plan=plan) as llm:
+        poison = llm._start([9] * 7, GREEDY)
+        handles: set[int] = set()
+        submit = staged(llm).submit
+
+        def crash(step: Step) -> None:
+            handles.update(one.seq for one in step.opened if one.request.id == poison)
+            if any(chunk.seq in handles for chunk in step.chunks):
+                strike(llm, (len(step.path) - 1, 0, 0), number=signal.SIGSTOP)  # before it can answer
+                submit(step)
+                strike(llm, (len(step.path) - 1, 0, 0), number=signal.SIGSEGV)
+                strike(llm, (len(step.path) - 1, 0, 0), number=signal.SIGCONT)
+            else:
+                submit(step)
+
+        staged(llm).submit = crash  # type: ignore[method-assign]
+        completion = llm._live[poison]
+        assert tokens_of(llm.generate(PROMPTS, PARAMS)) == expected
+        while not completion.done:
+            llm._step()
+        assert completion.output.finish_reason == "error"
+        assert completion.output.samples[0].error == "its workers crashed 5 times in a row"
+        assert staged(llm).restarts == 5
+        wait_whole(llm, len(pids(llm)))
+        sound(llm)
+
+
 # Stages without replicas
 
 

@@ -90,6 +90,8 @@ class StagedMachine(SchedulerMachine):
     def lose(self, data: st.DataObject, rarely: int) -> None:
         if self.stages.workers and not rarely:
             replica = data.draw(st.sampled_from(sorted(self.stages.workers)))
+            if data.draw(st.booleans()):
+                self.take(self.scheduler.blame(replica, self.now))
             self.stages.lose(replica)
             gone = self.scheduler.lose(replica)
             self.flight = [(step, result) for step, result in self.flight if step.number not in gone]

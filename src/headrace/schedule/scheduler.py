@@ -24,6 +24,8 @@ from .pages import Pages, PageTable, Path
 from .routes import Replica, Routes
 from .sequence import Residence, Sequence
 
+LONELY_CRASHES = 2  # of a sequence's workers since its last token: from then on its steps are its own
+MOST_CRASHES = 5  # and then it ends with an error
 LOOK_AHEAD = 32  # waiting sequences that the longest-prefix policy compares, and times that one may be passed over
 
 
@@ -53,6 +55,8 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, tuple[str, int]]] = []  # deadline, order, request id and sample
         self._batch_open = False  # static policy: nothing of the batch has ended yet
         self._draining = 0  # closed residences whose pages wait for steps in flight
+        self._suspects: list[Sequence] = []  # those whose steps are their own
+        self._suspects_turn = False
         self._dropped: list[int] = []  # handles that the workers may forget
         self._next_step = self._next_handle = self._next_order = 0
 
@@ -88,18 +92,55 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run before a step in flight is applied."""
+        if self._suspects:
+            return self._plan_with_suspects(now)
+        return self._plan_shared(now)
+
+    def _plan_shared(self, now: float) -> Step | None:
         for path in self.routes.open():
             if step := self._plan_path(path, now):
                 return step
         return None
+
+    def _plan_with_suspects(self, now: float) -> Step | None:
+        """Steps of suspects, one at a time with nothing beside it, in turn with all others' steps."""
+        if any(chunk.seq in self._lonely for step, _ in self._in_flight.values() for chunk in step.chunks):
+            return None
+        if not self._suspects_turn and (step := self._plan_shared(now)):
+            self._suspects_turn = True
+            return step
+        return None if self._in_flight else self._plan_lonely(now)
+
+    @property
+    def _lonely(self) -> set[int]:
+        return {one.residence.handle for one in self._suspects if one.residence}
+
+    def _plan_lonely(self, now: float) -> Step | None:
+        self._suspects_turn = False
+        for sequence in list(self._suspects):
+            path = sequence.residence.path if sequence.residence else self._route(sequence)
+            if path is None or not self._starts(sequence):
+                continue
+            draft = _Draft(path, self.config.max_batch_tokens, self.config.max_logit_rows)
+            if sequence.residence:
+                self._extend(draft, sequence, sequence.todo)
+            elif len(self._running) < self.config.max_sequences:
+                self._start(draft, bisect_left(self._waiting, sequence.rank, key=itemgetter(0)), now)
+            if draft.chunks:
+                self._suspects.remove(sequence)
+                self._suspects.append(sequence)
+                return self._step(draft)
+        return self._plan_shared(now)
 
     def _plan_path(self, path: Path, now: float) -> Step | None:
         draft = _Draft(path, self.config.max_batch_tokens, self.config.max_logit_rows)
         preempted = self._plan_running(draft)
         if not preempted and not path.closing:
             self._plan_waiting(draft, now)
-        if not draft.chunks:
-            return None
+        return self._step(draft) if draft.chunks else None
+
+    def _step(self, draft: _Draft) -> Step:
+        path = draft.path
         step = Step(
             self._next_step,
             tuple(draft.chunks.values()),
@@ -168,6 +209,21 @@ class Scheduler:
         """Replicas that were to leave, and have nothing more to do: to be lost."""
         through = self.routes.through
         return [r for r in self.routes.leaving if not any(path.running or path.in_flight for path in through(r))]
+
+    def blame(self, replica: Replica, now: float) -> list[Event]:
+        """A replica crashed by itself, and is about to be lost: sequences in steps in flight there may be why. One of
+        which a second worker dies without a token in between gets steps of its own; of a fifth, it ends."""
+        events = []
+        paths = self.routes.through(replica)
+        handles = {chunk.seq for step, path in self._in_flight.values() if path in paths for chunk in step.chunks}
+        for sequence in [self._residences[one].sequence for one in sorted(handles) if not self._residences[one].closed]:
+            sequence.crashes += 1
+            if sequence.crashes == LONELY_CRASHES:
+                self._suspects.append(sequence)
+            elif sequence.crashes == MOST_CRASHES:
+                error = f"its workers crashed {MOST_CRASHES} times in a row"
+                events.append(self._finish(sequence, "error", now, error))
+        return events
 
     def lose(self, replica: Replica) -> list[int]:
         """A replica is gone, and its pages with it: steps in flight through it are revoked (their numbers come back),
@@ -268,6 +324,8 @@ class Scheduler:
         preempted."""
         path, before = draft.path, len(self._running)
         running = [one for _, one in self._running if one.residence is not None and one.residence.path is path]
+        if self._suspects:
+            running = [one for one in running if one not in self._suspects]
         decodes = -(-len(running) // path.parts)  # others are for the next steps, which run beside this one
         catching_up = []
         for sequence in running:
@@ -345,13 +403,21 @@ class Scheduler:
             return
         while len(self._running) < self.config.max_sequences and draft.rows > 0 and (ready := self._ready(draft.path)):
             first, chosen = ready[0], self._choose(ready, draft.path)
-            if not self._admit(draft, self._waiting[chosen][1], now):
+            passed_over = self._waiting[first][1] if chosen != first else None
+            if not self._start(draft, chosen, now):
                 return
-            self._unbind(self._waiting[chosen][1])
-            if chosen != first:
-                self._waiting[first][1].passed_over += 1
-            del self._waiting[chosen]
+            if passed_over is not None:
+                passed_over.passed_over += 1
         self._batch_open = bool(self._waiting)
+
+    def _start(self, draft: _Draft, index: int, now: float) -> bool:
+        """Admit the waiting sequence at an index. False, and nothing has changed, where it does not fit now."""
+        sequence = self._waiting[index][1]
+        if not self._admit(draft, sequence, now):
+            return False
+        self._unbind(sequence)
+        del self._waiting[index]
+        return True
 
     def _may_join(self) -> bool:
         """Static policy: a batch takes members, over several steps, until the queue is empty or one of them ends."""
@@ -366,7 +432,7 @@ class Scheduler:
         for index, (rank, sequence) in enumerate(self._waiting[:looks]):
             if len(ready) == most or (ready and rank[0] != self._waiting[ready[0]][0][0]):
                 break
-            if self._starts(sequence) and self._route(sequence) is path:
+            if self._starts(sequence) and sequence not in self._suspects and self._route(sequence) is path:
                 ready.append(index)
         return ready
 
@@ -478,6 +544,8 @@ class Scheduler:
         if chunk.samples:
             token = result.tokens[index]
             tokens = (token,)
+            if sequence.crashes:
+                self._clear(sequence)
             sequence.tokens.append(token)
             sequence.pending -= 1
             sequence.last_token = now
@@ -532,9 +600,16 @@ class Scheduler:
 
     def _close(self, sequence: Sequence) -> None:
         """Forget a finished sequence."""
+        self._clear(sequence)
         del self._sequences[sequence.request.id, sequence.request.sample_index]
         if sequence.residence is not None:
             self._leave(sequence)
+
+    def _clear(self, sequence: Sequence) -> None:
+        """A sequence is not why workers crashed, or is no more."""
+        if sequence in self._suspects:
+            self._suspects.remove(sequence)
+        sequence.crashes = 0
 
     def _requeue(self, sequence: Sequence) -> None:
         """Back to the queue, in its old place: what it computed is recomputed, or found in the prefix cache."""

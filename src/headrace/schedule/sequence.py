@@ -25,6 +25,7 @@ class Sequence:
         "arrival_order",
         "cached_tokens",
         "computed",
+        "crashes",
         "first_token",
         "keys",
         "last_sampler",
@@ -51,6 +52,7 @@ class Sequence:
         self.residence: Residence | None = None
         self.route: Path | None = None  # the path that it waits for
         self.computed = self.scheduled = self.published = 0  # tokens, tokens, pages
+        self.crashes = 0  # of workers that were computing it, since its last token
         self.pending = 0  # tokens that steps in flight will sample
         self.last_sampler = -1  # the last step planned to sample for it
         self.scored = 0  # prompt positions whose logits have been delivered

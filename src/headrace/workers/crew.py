@@ -89,6 +89,11 @@ class Rank:
         times = {name: getattr(timed, name) for name in _TIMES if hasattr(timed, name)}
         return replace(timed, **{name: time + offset for name, time in times.items() if time})
 
+    @property
+    def crashed(self) -> bool:
+        code = None if self.process is None else self.process.poll()
+        return code is not None and -code not in FROM_OUTSIDE
+
     def reap(self) -> None:
         if self.process is not None:
             with suppress(subprocess.TimeoutExpired):
@@ -153,6 +158,11 @@ class Crew:
     def killed(self) -> bool:
         """Whether it was ended, or stopped, from outside; to be asked before `end`."""
         return any(rank.killed for rank in self.ranks)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether one of its processes ended by itself; to be asked before `end`."""
+        return any(rank.crashed for rank in self.ranks)
 
     def end(self) -> None:
         """Kill what is left, and let go of it."""

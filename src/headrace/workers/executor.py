@@ -30,10 +30,12 @@ class Broken:
 
 @dataclass(frozen=True)
 class Change:
-    """A replica has joined, with empty pools; is gone, with its pages; or is to leave once its sequences are done."""
+    """A replica has joined, with empty pools; is gone, with its pages; or is to leave once its sequences are done.
+    `crashed`: it ended by itself, maybe for what it computed."""
 
     kind: Literal["joined", "lost", "leaving"]
     replica: Replica
+    crashed: bool = False
 
 
 Outcome = StepResult | Broken | Change

@@ -419,14 +419,14 @@ class StagedExecutor:
         """A replica is no more: end what is left of it, tell its neighbours and the engine, and start another."""
         if crew.error:
             why = f"cannot start: {crew.error}"
-        tries = Tries() if crew.joined else crew.tries.again(crew.killed)
+        tries, crashed = Tries() if crew.joined else crew.tries.again(crew.killed), crew.crashed
         stage, number = crew.key
         self._mark("lost", crew.key, why)
         del self._crews[crew.key]
         self._cut(crew)
         self.restarts += 1
         if crew.joined:
-            self._outcomes.append((Change("lost", crew.key), crew))
+            self._outcomes.append((Change("lost", crew.key, crashed), crew))
         if number not in self._replicas[stage]:
             return  # it was to leave
         if crew.host is None and (tries.failed >= MAX_STARTS or (tries.all >= MAX_STARTS and not self._started)):
