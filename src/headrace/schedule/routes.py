@@ -124,12 +124,15 @@ class Routes:
             found.sort(key=lambda path: path.last_step)
         return found
 
-    def choose(self, keys: Sequence[bytes]) -> Path | None:
-        """The path for a sequence with these prefix keys, by the routing policy; None where there is none."""
+    def choose(self, keys: Sequence[bytes], again: bool = False) -> Path | None:
+        """The path for a sequence with these prefix keys, by the routing policy; None where there is none. One that
+        starts `again` goes where most of it is kept, whatever the policy."""
         able = [path for path in self.paths if not path.closing]
         able = [path for path in able if not path.full] or able
         if len(able) < 2:
             return able[0] if able else None
+        if again or self._routing == "longest-prefix":
+            return min(able, key=lambda path: (-path.match(keys), path.load))
         if self._routing == "random":
             return self._random.choice(able)
         if self._routing == "round-robin":
@@ -137,6 +140,4 @@ class Routes:
             return able[self._turn % len(able)]
         if self._routing == "least-kv":
             return min(able, key=lambda path: (path.held, path.load))
-        if self._routing == "longest-prefix":
-            return min(able, key=lambda path: (-path.match(keys), path.load))
         return min(able, key=lambda path: path.load)

@@ -453,7 +453,7 @@ class Scheduler:
         bound = sequence.route
         if bound is None or bound.closing or (bound.full and not all(path.full for path in paths)):
             self._unbind(sequence)
-            self._bind(sequence, self.routes.choose(self._prefix_keys(sequence)))
+            self._bind(sequence, self.routes.choose(self._prefix_keys(sequence), sequence.preemptions > 0))
         return sequence.route
 
     def _bind(self, sequence: Sequence, path: Path | None) -> None:
