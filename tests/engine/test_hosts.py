@@ -453,9 +453,13 @@ def test_a_cut_link_leaves_the_other_path(model, expected, tmp_path, net, plan):
 
 @namespaces
 @pytest.mark.slow
-def test_requests_wait_for_the_only_link(model, expected, tmp_path, net):
+@pytest.mark.parametrize("transport", ["tcp", "gloo"])
+def test_requests_wait_for_the_only_link(model, expected, tmp_path, net, transport):
+    if transport == "gloo":
+        pytest.importorskip("torch")
     with hosts(tmp_path) as started:
-        coordinator = started.coordinator(model, "0-1 @a | 2-3 @b", "0.0.0.0:5000", net.inside(0))
+        plan = f"0-1 @a | 2-3 @b; channel={transport}"
+        coordinator = started.coordinator(model, plan, "0.0.0.0:5000", net.inside(0))
         for number, name in ((1, "a"), (2, "b")):
             started.worker(f"10.77.{number}.1:5000", name, before=net.inside(number))
         coordinator.ready()
