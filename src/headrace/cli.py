@@ -550,8 +550,9 @@ def load(
     Times are counted from when a request was sent and from when it was scheduled. Goodput: requests per second whose
     first token (from scheduled) and every gap between tokens kept within --slo-ttft and --slo-itl.
     """
-    from .lab.load import LoadOptions, read_key, run_load
+    from .lab.load import LoadOptions, run_load
     from .lab.load_report import live, print_load, write_load
+    from .serve.keys import read_key
 
     options = LoadOptions(
         url=url,

@@ -87,9 +87,11 @@ def serve(door: Door) -> None:
 
 
 def _watch(engine: Engine) -> StageWatch:
-    from .workers.watch import StageWatch  # what a model that is not split has no use for
+    from .workers.staged import StagedExecutor  # which a model that is not split has no use for
+    from .workers.watch import StageWatch
 
-    return StageWatch(engine)
+    assert isinstance(engine.executor, StagedExecutor)
+    return StageWatch(engine.scheduler, engine.executor, engine.trace)
 
 
 def _run(engine: Engine, door: Door, desk: Desk) -> None:

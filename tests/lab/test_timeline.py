@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import ResultsError
-from headrace.lab.timeline import bubble, burst_bubble, timeline, write_timeline
 from headrace.plan.partition import ideal_bubble
 from headrace.plan.plan import Plan
 from headrace.trace import Mark, StageSpan, StepTrace, Trace
+from headrace.workers.timeline import bubble, burst_bubble, timeline, write_timeline
 
 START = 1000.0  # of the clock, in seconds
 EXACT = 0.0015  # microseconds, the last digit of a timeline

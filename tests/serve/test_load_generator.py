@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from tests.serve.harness import ServerProcess
 
 from headrace.errors import ConfigError, RequestError
-from headrace.lab.load import Load, LoadOptions, Record, read_key, run_load
+from headrace.lab.load import Load, LoadOptions, Record, run_load
 from headrace.lab.load_client import Answer, Client, Target
 from headrace.lab.load_plan import BLOCK, Shot, arrivals, prompt_ids, read_trace
 from headrace.lab.load_report import row_of, summary_of, write_load
 from headrace.results import read_results
+from headrace.serve.keys import read_key
 
 # -- when --------------------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from ..plan.plan import Plan
 from ..results import machine_facts, write_results
 from ..trace import StageSpan
 from ..types import SamplingParams
+from ..workers.timeline import bubble, burst_bubble, write_timeline
 from ..workers.worker import SPAN_SECONDS
-from .timeline import bubble, burst_bubble, write_timeline
 
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 MOST = 32  # micro-batches of a burst

@@ -400,7 +400,7 @@ def run_chaos(
         checks = [_all_back(engine, executor, plan), *_left_over(engine, settled, _Belongings.now())]
         marks = engine.trace.marks
         if trace_file is not None:
-            from .timeline import write_timeline
+            from ..workers.timeline import write_timeline
 
             write_timeline(trace_file, engine.trace, engine.trace.spans, marks, plan)
     finally:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +21,6 @@ from .load_plan import MAX_REQUESTS, MAX_TOKENS, Shot, arrivals, prompt_ids, rea
 DEFAULT_REQUESTS = 100
 DEFAULT_PROMPT = DEFAULT_NEW = 64
 REST_SECONDS = (0.05, 5.0)  # least and most that a client of a closed loop waits after a 429, as it was told
-MAX_KEY_FILE = 1 << 20
 LOOK_SECONDS = 0.25  # between two looks at how it goes
 
 
@@ -137,21 +135,6 @@ def run_load(options: LoadOptions, key: str | None, look: Callable[[Progress], N
     import uvloop
 
     return uvloop.run(_Generator(options, Target(options.url, key)).run(look))
-
-
-def read_key(path: Path | None) -> str | None:
-    """The first line of a key file that is neither blank nor a comment. ConfigError where there is none."""
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file.read(MAX_KEY_FILE).splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the key file {path} cannot be read: {error}") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"the key file {path} holds no key")
-    return keys[0]
 
 
 class _Generator:

@@ -20,9 +20,9 @@ from ..llm import LLM
 from ..plan.plan import Plan
 from ..results import machine_facts, summarize_tests, write_results
 from ..trace import StageSpan
+from ..workers.timeline import bubble
 from ..workers.worker import SPAN_SECONDS
 from .bench import Test, kv_memory, time_test
-from .timeline import bubble
 
 ALONE = "one process"
 

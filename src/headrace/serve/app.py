@@ -397,8 +397,8 @@ class Server:
         plan = served.llm.config.plan
 
         def written() -> bytes:
-            from ..lab.timeline import timeline
             from ..plan.plan import Plan
+            from ..workers.timeline import timeline
 
             return dumps(timeline(recent.steps, recent.spans, recent.marks, Plan.parse(plan) if plan else None))
 

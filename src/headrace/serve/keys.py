@@ -67,3 +67,18 @@ class Keys:
         for known in self._hashes:
             found |= hmac.compare_digest(given, known)
         return found
+
+
+def read_key(path: Path | None) -> str | None:
+    """The first line of a key file that is neither blank nor a comment. ConfigError where there is none."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file.read(MAX_FILE).splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {path} cannot be read: {error}") from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"the key file {path} holds no key")
+    return keys[0]

@@ -31,7 +31,7 @@ def scale(
 
     New replicas start and join while requests run; those that are too many leave once they have done what they have.
     """
-    from ..lab.load import read_key
+    from .keys import read_key
 
     answer = ask(url, {"stage": stage, "replicas": replicas, "model": model}, read_key(api_key_file))
     if as_json:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 
-from ..engine import Engine
 from ..schedule.routes import Replica
-from ..trace import Mark, StageSpan
+from ..schedule.scheduler import Scheduler
+from ..trace import Mark, StageSpan, Trace
 from .staged import RankStatus, StagedExecutor
 from .wire import HOP_SECONDS, ReplicaStatus, Status
 
@@ -19,10 +19,8 @@ MAX_HALVES = 4096  # hops of which one end is known
 class StageWatch:
     """Sums up an engine's spans and marks, those of its start included."""
 
-    def __init__(self, engine: Engine) -> None:
-        executor = engine.executor
-        assert isinstance(executor, StagedExecutor)
-        self._engine, self._executor, self._plan = engine, executor, executor.plan
+    def __init__(self, scheduler: Scheduler, executor: StagedExecutor, trace: Trace) -> None:
+        self._scheduler, self._executor, self._plan = scheduler, executor, executor.plan
         stages = len(self._plan.stages)
         self._busy, self._reduces = [0.0] * stages, [0.0] * stages
         self._own: defaultdict[Replica, float] = defaultdict(float)  # busy seconds
@@ -34,9 +32,9 @@ class StageWatch:
         self._come: OrderedDict[tuple[int, int], float] = OrderedDict()
         self._looked = self._told = 0.0
         self._seen: object = None
-        for entry in (*engine.trace.spans, *engine.trace.marks):
+        for entry in (*trace.spans, *trace.marks):
             self._hear(entry)
-        engine.trace.observer = self._hear
+        trace.observer = self._hear
 
     def scale(self, stage: int, replicas: int) -> None:
         """Have so many replicas of a stage. ConfigError where that cannot be."""
@@ -72,11 +70,11 @@ class StageWatch:
 
     def _state(self, ranks: list[RankStatus]) -> object:
         """What is told at once where it changes."""
-        return ranks, set(self._engine.scheduler.routes.leaving), self._engine.busy
+        return ranks, set(self._scheduler.routes.leaving), self._scheduler.unfinished > 0
 
     def _replica(self, replica: Replica, ranks: list[RankStatus]) -> ReplicaStatus:
         stage, number = replica
-        scheduler, planned = self._engine.scheduler, self._plan.stages[stage].replicas
+        scheduler, planned = self._scheduler, self._plan.stages[stage].replicas
         pools = scheduler.routes.pools_of(replica)
         lost, why = self._lost.get(replica, (0.0, ""))
         return ReplicaStatus(
