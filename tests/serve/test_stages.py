@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.harness import ServerProcess
-from tests.serve.test_recovery import Client, wait_for_events
+from tests.serve.test_recovery import Client, all_streams, meaning, wait_for_events
 from tests.serve.test_web import DASHBOARD, OF_STAGES
 
 from headrace import LLM, AsyncLLM, SamplingParams
@@ -335,3 +336,31 @@ def test_a_start_that_fails_names_the_replica(tiny_model: str):
 
     with pytest.raises(EngineDeadError, match="replica 0 of stage 1 "):
         asyncio.run(start())
+
+
+@pytest.mark.slow
+def test_a_real_model_loses_worker_after_worker(smollm2: Path, tmp_path: Path):
+    """Killed and stopped in turn, one every half second: nobody's stream shows more than a pause."""
+    with serving(str(smollm2), "0-14 x2 | 15-29 x2; heartbeat=0.5", tmp_path) as server:
+        quiet = meaning(all_streams(server))
+        engines, gone = server.engine_pids(), 0
+
+        def disturb(clients: list[Client]) -> None:
+            nonlocal gone
+            while any(client.is_alive() for client in clients):
+                ready = [one for one in replicas(server) if one["state"] == "ready"]
+                if {one["stage"] for one in ready} == {0, 1} and len(ready) > 2:
+                    stage = gone // 2 % 2
+                    victim = max((one for one in ready if one["stage"] == stage), key=lambda one: one["sequences"])
+                    with suppress(ProcessLookupError):  # it has just ended, and that is not told yet
+                        os.kill(victim["pids"][0], signal.SIGKILL if gone % 2 else signal.SIGSTOP)
+                        gone += 1
+                time.sleep(0.5)
+
+        clients = all_streams(server, disturb)
+        assert meaning(clients) == quiet
+        assert server.engine_pids() == engines and gone >= 3
+        gap = max(after - before for client in clients for before, after in zip(client.times, client.times[1:]))
+        assert gap < 3.0, f"the longest pause of a stream was {gap:.2f} s"
+        until(lambda: whole(server))
+        server.wait_idle()
