@@ -13,7 +13,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError, HeadraceError
+from .errors import CapacityError, ConfigError, HeadraceError
 from .parallel.watch import Watch
 from .processes import die_with_parent
 from .workers.control import Failed, Ready, Start, ToRank, to_rank
@@ -45,15 +45,23 @@ def obey(link: Link[ToRank], start: Start, joined: Joined | None = None) -> bool
         from .assemble_split import build_rank  # slow to import, and the coordinator waits for signs of life
 
         runner = build_rank(start, _group(link, start, host, secret) if start.place.ranks > 1 else None)
-    except HeadraceError as error:
-        link.send(Failed(type(error).__name__, str(error)))
+    except (HeadraceError, MemoryError) as error:
+        problem = error if isinstance(error, HeadraceError) else _too_large(start)
+        link.send(Failed(type(problem).__name__, str(problem)))
         if joined is not None:
-            print(f"headrace worker: {error}", file=sys.stderr, flush=True)
+            print(f"headrace worker: {problem}", file=sys.stderr, flush=True)
         return False
     worker = Worker(link, start.place, runner, host, secret)
     link.send(Ready(os.getpid()))
     worker.run()
     return True
+
+
+def _too_large(start: Start) -> CapacityError:
+    first, end = start.layers
+    return CapacityError(
+        f"there is no memory for layers {first} to {end - 1} with {max(start.pages)} KV pages; give it fewer of either"
+    )
 
 
 def _group(link: Link[ToRank], start: Start, host: str, secret: bytes) -> Group:
