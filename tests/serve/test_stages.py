@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,16 @@ from tests.serve.test_recovery import Client, all_streams, meaning, wait_for_eve
 from tests.serve.test_web import DASHBOARD, OF_STAGES
 
 from headrace import LLM, AsyncLLM, SamplingParams
+from headrace.config import SchedulerConfig
 from headrace.errors import CapacityError, ConfigError
+from headrace.plan.plan import Plan
+from headrace.schedule.pages import Pages
+from headrace.schedule.routes import Routes
+from headrace.schedule.scheduler import Scheduler
+from headrace.serve.stages import outline
+from headrace.trace import Mark, Trace
+from headrace.workers.staged import RankStatus
+from headrace.workers.watch import StageWatch
 
 JOBS: list[dict[str, Any]] = [
     {"prompt": [7 * n + 1 for _ in range(20 * n + 1)], "max_tokens": 380, "ignore_eos": True, "seed": n,
@@ -194,6 +204,29 @@ def test_the_live_view_and_the_timeline(split: ServerProcess):
     rows = {event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"}
     assert status == 200 and {"coordinator", "stage 0 replica 0, layers 0-0", "stage 1 replica 1, layers 1-2"} <= rows
     assert any(event.get("cat") == "hop" for event in trace["traceEvents"])
+
+
+def test_a_replica_that_is_given_up_is_told_of():
+    plan, trace = Plan.parse("0-0 x2 | 1-2 x2"), Trace()
+    routes = Routes([lambda: [Pages(8, 4)]] * 2)
+    ranks = [RankStatus(0, 0, 0, 11, "ready"), RankStatus(1, 0, 0, 12, "ready"), RankStatus(1, 1, 0, 13, "starting")]
+    executor = SimpleNamespace(plan=plan, status=lambda: ranks, scale=lambda stage, replicas: None)
+    watch = StageWatch(Scheduler(SchedulerConfig(), routes), executor, trace)  # type: ignore[arg-type]
+    for time_, kind, stage, replica in (
+        (1.0, "joined", 0, 0), (1.0, "joined", 0, 1), (1.0, "joined", 1, 0), (2.0, "lost", 0, 1), (3.0, "left", 0, 1),
+        (3.5, "joined", 1, 2), (4.0, "left", 1, 2),
+    ):  # fmt: skip
+        trace.add(Mark(time_, kind, stage, replica, None, "why"))  # type: ignore[arg-type]
+    status = watch.status(5.0)
+    assert [(one.stage, one.number, one.state) for one in status.replicas] == [
+        (0, 0, "ready"), (0, 1, "given up"), (1, 0, "ready"), (1, 1, "starting")
+    ]  # fmt: skip
+    assert outline(status)["degraded"] == [
+        {"stage": 0, "replica": 1, "state": "given up"}, {"stage": 1, "replica": 1, "state": "starting"}
+    ]  # fmt: skip
+    assert status.replicas[1].why == "why" and not status.missing
+    watch.scale(0, 2)
+    assert len(watch.status(6.0).replicas) == 3
 
 
 # -- a stage without replica ------------------------------------------------------------------------------------------

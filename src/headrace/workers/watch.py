@@ -27,6 +27,7 @@ class StageWatch:
         self._restarts: defaultdict[Replica, int] = defaultdict(int)
         self._joined: dict[Replica, float] = {}
         self._lost: dict[Replica, tuple[float, str]] = {}
+        self._given_up: set[Replica] = set()
         self._hops, self._hop_seconds = [0] * (len(HOP_SECONDS) + 1), 0.0
         self._sent: OrderedDict[tuple[int, int], float] = OrderedDict()  # by step and the stage that follows
         self._come: OrderedDict[tuple[int, int], float] = OrderedDict()
@@ -39,6 +40,7 @@ class StageWatch:
     def scale(self, stage: int, replicas: int) -> None:
         """Have so many replicas of a stage. ConfigError where that cannot be."""
         self._executor.scale(stage, replicas)
+        self._given_up = {one for one in self._given_up if one[0] != stage}
 
     def news(self, now: float) -> Status | None:
         """A status, where something has changed or the last one is a second old. Cheap where it is None."""
@@ -55,7 +57,7 @@ class StageWatch:
         ranks = self._executor.status() if ranks is None else ranks
         self._told, self._seen = now, self._state(ranks)
         crews: dict[Replica, list[RankStatus]] = {}
-        for rank in ranks:
+        for rank in sorted([*ranks, *(RankStatus(*replica, 0, 0, "given up") for replica in self._given_up)]):
             crews.setdefault((rank.stage, rank.replica), []).append(rank)
         return Status(
             now,
@@ -101,9 +103,12 @@ class StageWatch:
             replica = (entry.stage, entry.replica)
             if entry.kind == "joined":
                 self._joined[replica] = entry.time
+                self._given_up.discard(replica)
             elif entry.kind == "lost":
                 self._restarts[replica] += 1
                 self._lost[replica] = entry.time, entry.text
+            elif entry.kind == "left" and self._lost.get(replica, (0.0, ""))[0] > self._joined.get(replica, 0.0):
+                self._given_up.add(replica)  # what leaves as it was told to has been there till then
 
     def _add(self, span: StageSpan) -> None:
         self._busy[span.stage] += span.busy

@@ -105,8 +105,8 @@ class Scaled(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, array_like=True):
-    """A replica of a split model. `state`: starting, connecting, ready, leaving, or waiting (to be started). Times in
-    seconds of time.monotonic, 0 for never."""
+    """A replica of a split model. `state`: starting, connecting, ready, leaving, waiting (to be started), or given up.
+    Times in seconds of time.monotonic, 0 for never."""
 
     stage: int
     number: int
