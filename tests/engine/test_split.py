@@ -145,6 +145,13 @@ def test_ranks_of_the_reference_set(tiny: str, alone: Alone) -> None:
         close(ask(llm), alone("reference"), BOUND)
 
 
+def test_threads_that_take_rows_of_their_own(tiny: str, alone: Alone) -> None:
+    """One thread may be in the head, for the rows of a scored prompt, while another is in the layers."""
+    with LLM(tiny, threads=2, prefix_cache=False) as llm:
+        for _ in range(4):
+            same(ask(llm), alone("native"))
+
+
 # The real model, at the precision of its file
 
 
