@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .errors import CapacityError, ConfigError, HeadraceError
 from .parallel.watch import Watch
-from .processes import die_with_parent
+from .processes import die_with_parent, settle, stand_back, threads
 from .workers.control import Failed, Ready, Start, ToRank, to_rank
 from .workers.link import Link
 from .workers.worker import Worker, beat
@@ -44,6 +44,7 @@ def obey(link: Link[ToRank], start: Start, joined: Joined | None = None) -> bool
         _pin(start.cores)
         from .assemble_split import build_rank  # slow to import, and the coordinator waits for signs of life
 
+        before = threads()
         runner = build_rank(start, _group(link, start, host, secret) if start.place.ranks > 1 else None)
     except (HeadraceError, MemoryError) as error:
         problem = error if isinstance(error, HeadraceError) else _too_large(start)
@@ -51,6 +52,8 @@ def obey(link: Link[ToRank], start: Start, joined: Joined | None = None) -> bool
         if joined is not None:
             print(f"headrace worker: {problem}", file=sys.stderr, flush=True)
         return False
+    stand_back(before)
+    settle()
     worker = Worker(link, start.place, runner, host, secret)
     link.send(Ready(os.getpid()))
     worker.run()

@@ -30,8 +30,8 @@ def resolve(
     plan = replace(plan, stages=_cut_open(plan.stages, costs))
     most = max(len(stage.replicas) for stage in plan.stages)
     replicas = sum(len(stage.replicas) for stage in plan.stages)
-    # As many as keep every replica busy, and on one path one more, which waits when another ends.
-    micro_batches = plan.micro_batches or max(2, -(-replicas // most) + (plan.paths == 1))
+    # As many as keep every replica busy, and on one stage two, so that the second waits there when the first ends.
+    micro_batches = plan.micro_batches or max(2, -(-replicas // most))
     return replace(plan, channel=_channels(plan), micro_batches=micro_batches)
 
 

@@ -326,7 +326,8 @@ class Scheduler:
         running = [one for _, one in self._running if one.residence is not None and one.residence.path is path]
         if self._suspects:
             running = [one for one in running if one not in self._suspects]
-        decodes = -(-len(running) // path.parts)  # others are for the next steps, which run beside this one
+        # As many as make equal parts. The step that may wait beside them is for prompts: more parts would be smaller.
+        decodes = -(-len(running) // path.parts) if path.parts == 1 or path.in_flight < path.parts else 0
         catching_up = []
         for sequence in running:
             todo = sequence.todo
