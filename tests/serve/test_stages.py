@@ -145,7 +145,7 @@ def test_a_drain_ends_all(tiny_model: str, quiet: list[list[int]], tmp_path: Pat
     wait_for_events(clients, 3)
     assert len(processes) == 3 and server.stop() == 0
     assert tokens(clients) == quiet
-    assert not any(map(is_there, processes))
+    until(lambda: not any(map(is_there, processes)))
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------
