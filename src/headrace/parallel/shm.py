@@ -30,6 +30,7 @@ import numpy as np
 from ..errors import ChannelError, ConfigError
 from .channel import HEADER_BYTES, Edge, closed, dtype_code, full, gone, pack_goodbye, pack_header, unpack_header
 
+SPIN_SECONDS = 50e-6  # of looking before a process sleeps: to be woken takes about as long
 _LINE = 64  # bytes of a cache line
 _FLAGS_BYTES = mmap.PAGESIZE
 _RECEIVER_CLOSED, _ABANDONED = 0, _LINE  # offsets of flags: a byte each, set once
@@ -137,15 +138,20 @@ class _End:
 
     def _take(self, fd: int, deadline: float) -> bool:
         """Wait for a token until a moment of time.monotonic, and take it."""
+        sleeps = time.monotonic() + SPIN_SECONDS
         while True:
             try:
                 os.eventfd_read(fd)
                 return True
             except BlockingIOError:
                 pass
-            left = deadline - time.monotonic()
+            now = time.monotonic()
+            left = deadline - now
             if left <= 0:
                 return False
+            if now < sleeps:
+                os.sched_yield()
+                continue
             self._poll.poll(None if left == math.inf else math.ceil(min(left, _LONGEST_POLL) * 1e3))
 
     def _release(self) -> None:
