@@ -18,7 +18,7 @@ from ..results import machine_facts, write_results
 from ..trace import StageSpan
 from ..types import SamplingParams
 from ..workers.timeline import bubble, burst_bubble, write_timeline
-from ..workers.worker import SPAN_SECONDS
+from .spans import spans_since
 
 ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 MOST = 32  # micro-batches of a burst
@@ -79,11 +79,7 @@ def _burst(llm: LLM, size: int, rng: random.Random) -> Burst:
     prompts = [[rng.randrange(llm.spec.vocab_size) for _ in range(rows)] for _ in range(size)]
     began = time.monotonic()
     llm.generate(prompts, ONE_TOKEN)
-    until = time.monotonic() + 2 * SPAN_SECONDS  # the workers report their spans with a delay
-    while time.monotonic() < until:
-        llm.engine.tend()
-        time.sleep(SPAN_SECONDS / 4)
-    spans = [span for span in llm.engine.trace.spans if span.received >= began and span.rank == 0]
+    spans = [span for span in spans_since(llm, began) if span.rank == 0]
     stages = tuple(median(span.busy for span in spans if span.stage == stage) for stage in sorted(_stages(spans)))
     first, last = min(span.received for span in spans), max(span.ended for span in spans)
     idle = bubble(spans, (first, last))

@@ -21,8 +21,8 @@ from ..plan.plan import Plan
 from ..results import machine_facts, summarize_tests, write_results
 from ..trace import StageSpan
 from ..workers.timeline import bubble
-from ..workers.worker import SPAN_SECONDS
 from .bench import Test, kv_memory, time_test
+from .spans import spans_since
 
 ALONE = "one process"
 
@@ -100,14 +100,10 @@ def _facts(doors: dict[str, LLM]) -> dict[str, Any]:
 
 
 def _of_spans(llm: LLM, began: float) -> tuple[tuple[float, ...], float | None, float | None]:
-    """What the spans of a run that began then say. The workers report them with a delay."""
+    """What the spans of a run that began then say."""
     if llm.config.plan is None:
         return (), None, None
-    until = time.monotonic() + 2 * SPAN_SECONDS
-    while time.monotonic() < until:
-        llm.engine.tend()
-        time.sleep(SPAN_SECONDS / 4)
-    spans = [span for span in llm.engine.trace.spans if span.received >= began]
+    spans = spans_since(llm, began)
     idle = bubble(spans)
     return tuple(idle[stage] for stage in sorted(idle)), hop_us(spans), _waited(spans)
 

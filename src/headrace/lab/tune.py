@@ -19,7 +19,7 @@ from ..plan.plan import Plan
 from ..plan.resolve import stage_speeds
 from ..trace import StageSpan
 from ..types import SamplingParams
-from ..workers.worker import SPAN_SECONDS
+from .spans import spans_since
 
 PROMPTS, PROMPT_TOKENS = 8, 512
 SEQUENCES, NEW_TOKENS = 32, 64
@@ -75,11 +75,7 @@ def measure_stages(model: str, plan: Plan) -> dict[str, tuple[float, ...]]:
             ids = [[rng.randrange(llm.spec.vocab_size) for _ in range(tokens)] for _ in range(prompts)]
             began = time.monotonic()
             llm.generate(ids, SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True))
-            until = time.monotonic() + 2 * SPAN_SECONDS  # the workers report their spans with a delay
-            while time.monotonic() < until:
-                llm.engine.tend()
-                time.sleep(SPAN_SECONDS / 4)
-            return [span for span in llm.engine.trace.spans if span.received >= began and span.rank == 0]
+            return [span for span in spans_since(llm, began) if span.rank == 0]
 
         spans_of(SEQUENCES, 8, 8)  # warm
         prefill = spans_of(PROMPTS, min(PROMPT_TOKENS, llm.config.max_context - 1), 1)

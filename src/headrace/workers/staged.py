@@ -25,7 +25,7 @@ from ..errors import ConfigError, EngineDeadError, HeadraceError
 from ..parallel.group import GroupSizes, SharedGroup
 from ..parallel.joining import SALT_BYTES, channel_secret
 from ..parallel.shm import ShmEdge
-from ..plan.plan import Plan
+from ..plan.plan import MAX_REPLICAS, Plan
 from ..schedule.routes import MAX_PATHS, Replica
 from ..trace import Mark, MarkKind, Trace
 from ..types import Step
@@ -55,6 +55,11 @@ class Layout:
     rows: int
     width: int
     messages: int
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a step's hidden states, float32."""
+        return self.rows * self.width * 4
 
 
 @dataclass(eq=False)
@@ -266,8 +271,8 @@ class StagedExecutor:
         when they have done what they have. ConfigError where that cannot be."""
         if not 0 <= stage < len(self._plan.stages):
             raise ConfigError(f"stage {stage} of a plan with stages 0 to {len(self._plan.stages) - 1}")
-        if not 1 <= replicas <= 64:
-            raise ConfigError(f"a stage has from 1 to 64 replicas, got {replicas}")
+        if not 1 <= replicas <= MAX_REPLICAS:
+            raise ConfigError(f"a stage has from 1 to {MAX_REPLICAS} replicas, got {replicas}")
         paths = math.prod(replicas if s == stage else len(each) for s, each in self._replicas.items())
         if paths > MAX_PATHS:
             raise ConfigError(f"{replicas} replicas of stage {stage} make {paths} paths, more than {MAX_PATHS}")
@@ -354,9 +359,10 @@ class StagedExecutor:
     def _take(self, crew: Crew, rank: Rank, message: FromRank) -> None:
         if isinstance(message, Answer):
             if self._steps.pop(message.result.number, None) is not None:
-                self._outcomes.append((rank.our_time(message.result), None))
+                result = rank.our_time(message.result)
+                self._outcomes.append((result, None))
                 if self.pace is not None:
-                    self.pace.answered(rank.our_time(message.result).ended, time.monotonic())
+                    self.pace.answered(result.ended, time.monotonic())
         elif isinstance(message, Beat):
             rank.beating = True
             if rank.there and not rank.clock.asks:
@@ -509,7 +515,7 @@ class StagedExecutor:
         for crew, _ in (sender, receiver):
             crew.opening.add(number)
         if transport == "shm":
-            edge.memory = ShmEdge.create(self._layout.rows * self._layout.width * 4, self._layout.messages)
+            edge.memory = ShmEdge.create(self._layout.max_bytes, self._layout.messages)
             for (_, rank), sends in ((sender, True), (receiver, False)):
                 rank.link.send(self._order(edge, sends=sends), tuple(edge.memory.fds))
         else:
@@ -524,7 +530,7 @@ class StagedExecutor:
             transport=edge.transport,
             sends=sends,
             within=edge.within,
-            max_bytes=self._layout.rows * self._layout.width * 4,
+            max_bytes=self._layout.max_bytes,
             messages=self._layout.messages,
             address=address,
             secret=b"" if edge.transport != "tcp" else self._salt if joined else self._secret,
