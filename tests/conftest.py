@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.tiny import write_tiny
 
 from headrace.formats import hub
 
@@ -19,3 +20,9 @@ def smollm2() -> Path:
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2, pulled once into the cache."""
     return hub.pull("minilm", progress=False)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model's GGUF file, another for each module."""
+    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))

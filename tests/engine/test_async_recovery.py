@@ -8,7 +8,6 @@ import signal
 import time
 
 import pytest
-from tests.tiny import write_tiny
 
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.async_llm import MAX_DEATHS
@@ -16,11 +15,6 @@ from headrace.errors import EngineDeadError
 from headrace.types import Request
 
 LONG = SamplingParams(max_tokens=400, temperature=0.9, seed=3, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))
 
 
 def kill(engine: AsyncLLM, number: int = signal.SIGKILL) -> None:

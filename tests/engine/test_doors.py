@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.tiny import write_tiny
 
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.completion import Completion, Delta
@@ -28,11 +27,6 @@ from headrace.errors import (
 from headrace.types import Event, Step, StepResult, Timings
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.tiny import write_tiny
 
 from headrace import LLM, SamplingParams
 from headrace.assemble import open_model
@@ -46,11 +45,6 @@ PROMPTS = [[RNG.randrange(3, 259) for _ in range(RNG.randrange(1, 100))] for _ i
 PARAMS = [GREEDY, DRAWN] * 8
 
 Place = tuple[int, int, int]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny import write_tiny
 
 from headrace import LLM, SamplingParams
 from headrace.errors import RequestError
@@ -41,11 +40,6 @@ def schema(value: Any) -> GrammarSpec:
 def chain(length: int, line: str, last: str) -> GrammarSpec:
     lines = [line.format(here=index, there=index + 1) for index in range(length)]
     return GrammarSpec("grammar", "\n".join(["start: a0", *lines, last.format(here=length)]))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import write_tiny
 
 from headrace.errors import ConfigError
 from headrace.lab.bench import parse_tests
@@ -18,11 +17,6 @@ from headrace.lab.tune import tune_plan
 from headrace.plan.partition import ideal_bubble
 from headrace.results import read_results
 from headrace.trace import StageSpan
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf"))
 
 
 def no_progress(done: int, count: int) -> None:
