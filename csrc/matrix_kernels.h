@@ -244,19 +244,19 @@ void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0
 
 constexpr int scale_classes = 1 << (scale_bits - 1);  // significands of an activation's scale
 
-// The scales and minima of a block of inputs of two tiles. Without halves, scale[c] holds d * s of each class of s, less the bits of s's
-// significand, so that adding the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication
-// has none. An integer addition cannot keep zero: `nonzero` tells the outputs whose d is not.
+// The scales and minima of a block of inputs of two tiles. Where they are added, scale[c] holds d * s of each class of s, less the bits of
+// s's significand, so that adding the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication
+// has none. It cannot keep a zero, but where d is 0 the codes are of value 0 (matrix_layout.h), and any number does.
 template <Format format, bool shifted>
 struct BlockScales {
     static constexpr Layout layout = layout_of(format);
-    static constexpr int rows = layout.halves ? 2 : scale_classes;
+    static constexpr bool added = !layout.halves && !layout.table;
+    static constexpr int rows = added ? scale_classes : layout.halves ? 2 : 1;
     struct Group { float scale[2][rows][16]; };
     struct Minima { float m[2][layout.halves ? 2 : 1][16]; };
     alignas(64) Group group[block_groups];
     alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
     alignas(64) float whole[shifted ? block_groups : 1][2][16];  // W
-    __mmask16 nonzero[block_groups][2];
 };
 
 // From memory: left to itself the compiler moves a word that is in a general register too, on a port that the dot products need.
@@ -283,13 +283,13 @@ void read_scales(BlockScales<format, shifted>& to, int t, const uint8_t* tile, i
             store(to.whole[g][t], weight_sum<format>(w, d, m));
         }
         in_super++;
-        if constexpr (layout.halves) {
-            for (int h = 0; h < 2; h++) store(to.group[g].scale[t][h], d[h]);
+        if constexpr (!to.added) {
+            for (int h = 0; h <= layout.halves; h++) store(to.group[g].scale[t][h], d[h]);
         } else {
-            to.nonzero[g][t] = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+            const __mmask16 nonzero = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
             for (int c = 0; c < scale_classes; c++) {
                 const Floats significand = all(1 + float(c) / scale_classes);
-                _mm512_store_si512(to.group[g].scale[t][c], _mm512_sub_epi32(as_bits(d[0] * significand), as_bits(significand)));
+                _mm512_store_si512(to.group[g].scale[t][c], _mm512_maskz_sub_epi32(nonzero, as_bits(d[0] * significand), as_bits(significand)));
             }
         }
         if constexpr (layout.has_min())
@@ -329,6 +329,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     else
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
             for (int t = 0; t < 2; t++) acc[r][t] = load(partial + (r * 2 + t) * 16);
     int in_super = int(group0 % layout.groups);
     const uint8_t* planes = super_at<format>(tile, group0) + in_super * layout.group_bytes();
@@ -342,11 +343,13 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
         if constexpr (shifted) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
                 for (int t = 0; t < 2; t++) acc[r][t] = fused(load(scales.whole[g][t]), all(block(r).offset), acc[r][t]);
         }
         if constexpr (layout.has_min()) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
                 for (int t = 0; t < 2; t++) {
                     const auto& m = scales.minima[g].m[t];
                     if constexpr (layout.halves) acc[r][t] = fused(load(m[1]), all(high_sum(block(r))), fused(load(m[0]), all(low_sum(block(r))), acc[r][t]));
@@ -371,14 +374,14 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
         auto finish = [&](int half) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
                 for (int t = 0; t < 2; t++) {
                     Floats scale;
-                    if constexpr (layout.halves) {
+                    if constexpr (!BlockScales<format, shifted>::added) {
                         scale = load(scales.group[g].scale[t][half]) * all(block(r).scale);
                     } else {
                         const uint32_t which = uint32_t(load_word(&block(r).scale)) >> (23 - (scale_bits - 1)) & (scale_classes - 1);
-                        scale.v = _mm512_castsi512_ps(_mm512_maskz_add_epi32(scales.nonzero[g][t], broadcast(&block(r).scale),
-                                                                             _mm512_load_si512(scales.group[g].scale[t][which])));
+                        scale.v = _mm512_castsi512_ps(_mm512_add_epi32(broadcast(&block(r).scale), _mm512_load_si512(scales.group[g].scale[t][which])));
                     }
                     acc[r][t] = fused(scale, to_floats(sum[r][t]), acc[r][t]);
                 }
@@ -395,12 +398,14 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
         finish(layout.halves);
     }
     if (last) {
+#pragma GCC unroll 2
         for (int t = 0; t < 2; t++)
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) out[t].put(r, acc[r][t]);
     } else {
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
             for (int t = 0; t < 2; t++) store(partial + (r * 2 + t) * 16, acc[r][t]);
     }
 }

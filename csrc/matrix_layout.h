@@ -4,6 +4,7 @@
 // A superblock: its groups' codes, then its groups' scales, padded to 64 bytes.
 // Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j. A plane of b bits is
 // b x 64 bytes; quad i is in the (i % b)th 64, at bit i / b * b of every byte. 8-bit codes are signed, kept as code + 128.
+// Groups with one scale that is 0 hold codes of value 0 (but for IQ4_NL, which has none).
 // Scales are rows of 16, one for each output: fp16 d, or fp16 d and fp16 m, for every group; the K formats have fp16 d (and dmin) once
 // and a row of bytes (or two, with 16-wide groups; two more for their minima) for every group.
 // Float formats: F32 [input][16], F16 [input][16], BF16 [input pair][16][2], the last pair padded with 0.
