@@ -29,6 +29,7 @@ constexpr int direct_rows = 1;  // more do not fit in the registers, and compile
 #endif
 constexpr int float_rows = 4, float_tiles = 1;
 #endif
+constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
 constexpr int block_groups = 18;    // of inputs, unpacked at a time
 constexpr int row_block_groups = 28;  // the same for Recipe::row
 constexpr int partial_rows = 128;   // rows whose sums wait between blocks of inputs
@@ -198,7 +199,7 @@ __attribute__((noinline)) void direct_tile(const uint8_t* tile, int64_t groups, 
     for (int64_t first = 0; first < groups; first += layout.groups, super += layout.super_bytes()) {
         const int count = int(std::min<int64_t>(layout.groups, groups - first));
         for (int g = 0; g < count; g++, x += sizeof(GroupBlock)) {
-            for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + g * (layout.group_bytes() + layout.scale_bytes()) + i + 4096);
+            for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + g * (layout.group_bytes() + layout.scale_bytes()) + i + fetch_ahead);
             Codes w[8];
             Floats d[2], m[2];
             unpack_codes<format>(super + g * layout.group_bytes(), w);
@@ -477,7 +478,7 @@ __attribute__((noinline)) void direct_tile_by_row(const uint8_t* tile, int64_t g
     for (int64_t g = 0; g < groups; g++, x += 32) {
         const uint8_t* super = super_at<format>(tile, g);
         const int in_super = int(g % layout.groups);
-        for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + in_super * (layout.group_bytes() + layout.scale_bytes()) + i + 4096);
+        for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + in_super * (layout.group_bytes() + layout.scale_bytes()) + i + fetch_ahead);
         Codes w[8];
         unpack_row_codes<format>(super, in_super, inverse, w);
 #pragma GCC unroll 8
