@@ -233,6 +233,8 @@ class Path:
             raise ConfigError("a path needs at least one pool, and one page size in all of them")
         self.pools = tuple(pools)
         self.page_size = pools[0].page_size
+        self._sliding = [(index, pool) for index, pool in enumerate(pools) if pool.window is not None]
+        self._no_pages: tuple[tuple[int, ...], ...] = ((),) * len(pools)
         self.key, self.depth, self.parts, self.late = key, depth, parts, late
         # What the scheduler counts.
         self.in_flight = self.running = self.bound = 0  # steps, sequences there, sequences that wait for it
@@ -276,6 +278,11 @@ class Path:
     def grow(self, tables: Tables, tokens: int) -> tuple[tuple[int, ...], ...] | None:
         """Cover `tokens` positions in every pool; the new pages of each. None, and nothing has changed, where one
         is full."""
+        for table in tables:
+            if len(table.pages) * self.page_size < tokens:
+                break
+        else:  # nearly every step of a sequence that decodes
+            return self._no_pages
         if any(pool.missing(table, tokens) > pool.available for pool, table in zip(self.pools, tables, strict=True)):
             return None
         return tuple(pool.grow(table, tokens) or () for pool, table in zip(self.pools, tables, strict=True))
@@ -300,8 +307,8 @@ class Path:
             pool.publish(table, index, key)
 
     def slide(self, tables: Tables, computed: int) -> None:
-        for pool, table in zip(self.pools, tables, strict=True):
-            pool.slide(table, computed)
+        for index, pool in self._sliding:
+            pool.slide(tables[index], computed)
 
     def release(self, tables: Tables) -> None:
         for pool, table in zip(self.pools, tables, strict=True):

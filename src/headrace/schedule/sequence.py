@@ -27,6 +27,7 @@ class Sequence:
         "computed",
         "crashes",
         "first_token",
+        "generates",
         "keys",
         "last_sampler",
         "last_token",
@@ -41,11 +42,16 @@ class Sequence:
         "route",
         "scheduled",
         "scored",
+        "scores",
         "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, order: int, max_length: int, page_size: int) -> None:
         self.request, self.arrival_order, self.max_length = request, order, max_length
+        self.generates = request.kind == "generate"
+        # Whether the logits of prompt positions are asked for. Of several samples, the first reports the prompt's.
+        asked = request.params.prompt_logprobs is not None and request.sample_index == 0
+        self.scores = asked or request.kind == "score"
         self.tokens = [*request.prompt_ids, *request.resumed]
         self.prompt_length = len(request.prompt_ids)
         self.keys = PrefixKeys(page_size, f"{request.adapter}:{request.salt}")
@@ -79,16 +85,6 @@ class Sequence:
         return (
             (length if length < self.max_length else 0) - self.scheduled if self.generates else length - self.scheduled
         )
-
-    @property
-    def generates(self) -> bool:
-        return self.request.kind == "generate"
-
-    @property
-    def scores(self) -> bool:
-        """Whether the logits of prompt positions are asked for. Of several samples, the first reports the prompt's."""
-        asked = self.request.params.prompt_logprobs is not None and self.request.sample_index == 0
-        return asked or self.request.kind == "score"
 
     def timings(self, now: float) -> Timings:
         """Where the time went until `now`, at which the sequence ends."""

@@ -143,6 +143,9 @@ class Residents:
         size, slots = self._page_size, []
         for chunk, resident in zip(chunks, residents, strict=True):
             pages, position, end = resident.pages[pool], chunk.start, chunk.start + len(chunk.tokens)
+            if end - position == 1:
+                slots.append(pages[position // size] * size + position % size)
+                continue
             while position < end:
                 index, offset = divmod(position, size)
                 count = min(end - position, size - offset)
