@@ -85,7 +85,7 @@ inline void to_elements(const float* x, int dim, uint8_t* out, float* scale, int
     const Floats divisor = all(*scale > 0 ? *scale : 1.0f);
     for (int d = 0; d < dim; d += kLanes) {
         const Floats codes = max(nearest(load_first(x + d, lanes_left(dim, d)) / divisor), all(-127.0f));  // a NaN becomes -127
-        store_byte<0>(out + d, to_ints(codes + all(float(offset))));
+        store_bytes(out + d, to_ints(codes + all(float(offset))));
     }
 }
 
@@ -124,8 +124,8 @@ inline void to_bytes(const float* q, int dim, uint32_t* words, ByteQuery& query)
     Words sum = all_words(0);
     for (int d = 0; d < dim; d += kLanes) {
         const Floats code = max(nearest(load(q + d) / divisor), all(-steps)), upper = nearest(code * all(1.0f / 128));
-        store_byte<0>(high + d, to_ints(upper));
-        store_byte<0>(low + d, to_ints(code - upper * all(128.0f)));
+        store_bytes(high + d, to_ints(upper));
+        store_bytes(low + d, to_ints(code - upper * all(128.0f)));
         sum = sum + to_ints(code);
     }
     int32_t sums[kLanes];
@@ -341,62 +341,66 @@ struct Seen {
 
 constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Scores of one query become weights p, in place, as words; gives m and l. `distance`: from the query to the block's start.
+// The tiles' lanes that a query sees: [first, past) of tile t.
+inline Seen lanes(Seen seen, int t) {
+    const int first = seen.first - t * kTile, past = seen.past - t * kTile;
+    return {first < 0 ? 0 : first > kTile ? kTile : first, past < 0 ? 0 : past > kTile ? kTile : past};
+}
+
+inline Floats keep(Floats x, Seen seen, Floats other) { return seen.first == 0 && seen.past == kTile ? x : keep(x, seen.first, seen.past, other); }
+
+// Finishes the scores of one query, in place: arguments of 2^x, -inf where it does not look. Gives the greatest. `distance`: from the query to
+// the block's start.
 template <class S>
-inline void soften(const AttentionCall& call, float* row, Seen seen, float slope, int distance, int first_tile, int past_tile, const Tiles& tiles, float* m,
-                   float* l) {
+inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, int first_tile, int past_tile, const Tiles& tiles) {
     const Floats none = all(-INFINITY);
+    const bool plain = !(call.softcap > 0) && slope == 0;
     Floats best = none;
     for (int t = first_tile; t < past_tile; ++t) {
-        const int from = seen.first - t * kTile, to = seen.past - t * kTile;
-        const bool whole = from <= 0 && to >= kTile;
         Floats s = load(row + t * kTile);
-        if (S::kBytes || call.softcap > 0 || slope != 0 || !whole) {
-            if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
+        if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
+        if (!plain) {
             if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
                 const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
                 s = tanh * all(call.softcap * kLog2E);
             }
             if (slope != 0) s = fma(all(slope * kLog2E), load(kLaneNumbers) + all(float(distance + t * kTile)), s);
-            if (!whole) s = keep(s, from < 0 ? 0 : from > kTile ? kTile : from, to < 0 ? 0 : to > kTile ? kTile : to, none);
-            store(row + t * kTile, s);
         }
+        s = keep(s, lanes(seen, t), none);
+        store(row + t * kTile, s);
         best = max(best, s);
     }
-    *m = greatest(best);
-    const Floats top = all(seen.past > seen.first ? *m : 0.0f);
-    Floats total = zero();
+    return greatest(best);
+}
+
+// Finished scores of one query become weights p, in place; gives their sum. As bytes they take their values' scales too, and `most` becomes
+// the greatest.
+template <class S>
+inline float weigh(float* row, Seen seen, float m, int first_tile, int past_tile, const Tiles& tiles, float* most) {
+    const Floats top = all(seen.past > seen.first ? m : 0.0f);
+    Floats total = zero(), greatest_weight = zero();
     for (int t = first_tile; t < past_tile; ++t) {
         const Floats p = exp2(load(row + t * kTile) - top);
         total = total + p;
-        if constexpr (S::kBytes)
-            store(row + t * kTile, p);
-        else
+        if constexpr (S::kBytes) {
+            const Floats weight = keep(p * load(tiles.scales[t] + kTile), lanes(seen, t), zero());  // the scale of what is not there may be a NaN
+            store(row + t * kTile, weight);
+            greatest_weight = max(greatest_weight, weight);
+        } else {
             store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
+        }
     }
-    *l = sum(total);
+    if constexpr (S::kBytes) *most = greatest(greatest_weight);
+    return sum(total);
 }
 
-// Weights times their values' scales as 16-bit fractions of the greatest one; returns that one's step.
-inline float fractions(const float* row, Seen seen, int first_tile, int past_tile, const Tiles& tiles, uint8_t* bytes) {
+// Weights as 16-bit fractions of the greatest one, `most`, high bytes first; returns that one's step.
+inline float fractions(const float* row, float most, int first_tile, int past_tile, uint8_t* bytes) {
     constexpr float steps = 65535;
-    float weights[kSplit];
-    Floats most = zero();
-    for (int t = first_tile; t < past_tile; ++t) {
-        const int from = seen.first - t * kTile, to = seen.past - t * kTile;
-        Floats w = load(row + t * kTile) * load(tiles.scales[t] + kTile);
-        if (from > 0 || to < kTile) w = keep(w, from < 0 ? 0 : from > kTile ? kTile : from, to < 0 ? 0 : to > kTile ? kTile : to, zero());
-        store(weights + t * kTile, w);
-        most = max(most, w);
-    }
-    const float greatest_weight = greatest(most);
-    const Floats factor = all(greatest_weight > 0 ? steps / greatest_weight : 0.0f);
-    for (int t = first_tile; t < past_tile; ++t) {
-        const Words code = to_ints(nearest(min(load(weights + t * kTile) * factor, all(steps))));
-        store_byte<1>(bytes + t * kTile, code);
-        store_byte<0>(bytes + kSplit + t * kTile, code);
-    }
-    return greatest_weight / steps;
+    const Floats factor = all(most > 0 ? steps / most : 0.0f);
+    for (int t = first_tile; t < past_tile; ++t)
+        store_bytes(bytes + kSplit + t * kTile, bytes + t * kTile, to_ints(min(load(row + t * kTile) * factor, all(steps))));
+    return most / steps;
 }
 
 template <class S>
@@ -456,12 +460,14 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
         t += vectors;
     }
 
+    // Pass by pass over all queries: one's last sum is then added up while the next one's are computed.
     float factors[kQueries];
-    for (int i = 0; i < count; ++i) {
-        float* row = scratch.scores + i * kScoreStride;
-        soften<S>(call, row, seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], first, past, tiles, m + i, l + i);
-        if constexpr (S::kBytes) factors[i] = fractions(row, seen[i], first, past, tiles, scratch.bytes + i * 2 * kSplit);
-    }
+    auto row = [&](int i) { return scratch.scores + i * kScoreStride; };
+    for (int i = 0; i < count; ++i)
+        m[i] = finish_scores<S>(call, row(i), seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], first, past, tiles);
+    for (int i = 0; i < count; ++i) l[i] = weigh<S>(row(i), seen[i], m[i], first, past, tiles, factors + i);
+    if constexpr (S::kBytes)
+        for (int i = 0; i < count; ++i) factors[i] = fractions(row(i), factors[i], first, past, scratch.bytes + i * 2 * kSplit);
 
     const int tokens = high - first * kTile;
     int column = 0;

@@ -66,10 +66,14 @@ inline Words shift_left(Words a) { return {_mm512_slli_epi32(a.v, N)}; }
 // acc + sum of the four products of a's bytes (unsigned) with b's (signed).
 inline Words dot_bytes(Words acc, Words a, Words b) { return {_mm512_dpbusd_epi32(acc.v, a.v, b.v)}; }
 inline Floats to_floats(Words a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline Words to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
-// Bits 8 * N to 8 * N + 7 of each word.
-template <int N>
-inline void store_byte(uint8_t* p, Words a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_srli_epi32(a.v, 8 * N))); }
+inline Words to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }  // the nearest; below 2^22 in size
+// The lowest byte of each word; the lowest of each, and the next of each.
+inline void store_bytes(uint8_t* p, Words a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
+inline void store_bytes(uint8_t* low, uint8_t* high, Words a) {
+    const __m256i order = _mm256_set_epi8(61, 57, 53, 49, 45, 41, 37, 33, 29, 25, 21, 17, 13, 9, 5, 1, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
+    const __m256i both = _mm512_castsi512_si256(_mm512_permutexvar_epi8(_mm512_castsi256_si512(order), a.v));
+    _mm_storeu_si128((__m128i*)low, _mm256_castsi256_si128(both)), _mm_storeu_si128((__m128i*)high, _mm256_extracti128_si256(both, 1));
+}
 // acc + a * b, for floats, and for pairs of bfloat16.
 struct F32Dot {
     static Floats dot(Floats acc, Words a, Words b) { return {_mm512_fmadd_ps(_mm512_castsi512_ps(a.v), _mm512_castsi512_ps(b.v), acc.v)}; }
@@ -160,11 +164,15 @@ inline __m256i dot_bytes(__m256i acc, __m256i x, __m256i y) {  // bytes of each 
 inline Words dot_bytes(Words acc, Words x, Words y) { return {dot_bytes(acc.a, x.a, y.a), dot_bytes(acc.b, x.b, y.b)}; }
 inline Floats to_floats(Words x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline Words to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-template <int N>
-inline void store_byte(uint8_t* p, Words x) {
+inline void store_bytes(uint8_t* p, Words x) {
     uint32_t words[kLanes];
-    _mm256_storeu_si256((__m256i*)words, x.a), _mm256_storeu_si256((__m256i*)(words + 8), x.b);
-    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(words[i] >> (8 * N));
+    store_words(words, x);
+    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(words[i]);
+}
+inline void store_bytes(uint8_t* low, uint8_t* high, Words x) {
+    uint32_t words[kLanes];
+    store_words(words, x);
+    for (int i = 0; i < kLanes; ++i) low[i] = uint8_t(words[i]), high[i] = uint8_t(words[i] >> 8);
 }
 inline __m256 as_floats(__m256i x) { return _mm256_castsi256_ps(x); }
 inline __m256 first_of_pair(__m256i x) { return as_floats(_mm256_slli_epi32(x, 16)); }
@@ -291,14 +299,17 @@ inline Words dot_bytes(Words acc, Words x, Words y) {
     return acc;
 }
 inline Floats to_floats(Words x) { return each([&](int i) { return float(int32_t(x.v[i])); }); }
-inline Words to_ints(Floats x) {  // of integers
+inline Words to_ints(Floats x) {
     Words out;
+    x = nearest(x);
     for (int i = 0; i < kLanes; ++i) out.v[i] = uint32_t(int32_t(x.v[i]));
     return out;
 }
-template <int N>
-inline void store_byte(uint8_t* p, Words x) {
-    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(x.v[i] >> (8 * N));
+inline void store_bytes(uint8_t* p, Words x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(x.v[i]);
+}
+inline void store_bytes(uint8_t* low, uint8_t* high, Words x) {
+    for (int i = 0; i < kLanes; ++i) low[i] = uint8_t(x.v[i]), high[i] = uint8_t(x.v[i] >> 8);
 }
 struct F32Dot {
     static Floats dot(Floats acc, Words x, Words y) { return each([&](int i) { return acc.v[i] + from_bits(x.v[i]) * from_bits(y.v[i]); }); }

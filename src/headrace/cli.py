@@ -408,22 +408,27 @@ def bench_embed(
     as_json: Json = False,
     kernels: Kernels = "auto",
     threads: Threads = None,
-    against: Annotated[str, typer.Option(help="Run in turn with ours: sentence-transformers.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Other engines, run in turn with ours: sentence-transformers,openvino.")
+    ] = "",
     peers: Annotated[
         str | None,
         typer.Option(help="Folder of their environments, FOLDER/<peer>/bin/python.", envvar="HEADRACE_PEERS"),
     ] = None,
 ) -> None:
-    """Measure how fast texts of mixed lengths are embedded."""
+    """Measure how fast texts of mixed lengths are embedded.
+
+    Other engines' embeddings are compared with ours: one that is further than 1e-3 in cosine distance is refused.
+    """
     from .assemble import thread_count
     from .formats.hub import resolve
-    from .lab.against import peer_models, peers_folder, started
+    from .lab.against import EMBEDDERS, peer_models, peers_folder, started
     from .lab.embedding import measure_embedding, print_embedding
 
     names = [name.strip() for name in against.split(",") if name.strip()]
     models = peer_models(names, [], resolve(model))
     with (
-        started(names, peers_folder(peers), models, thread_count(threads)) as others,
+        started(names, peers_folder(peers), models, thread_count(threads), EMBEDDERS) as others,
         _progress("runs", quiet=as_json) as advance,
     ):
         report = measure_embedding(model, texts, reps, advance, others, kernels=kernels, threads=threads)

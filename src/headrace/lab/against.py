@@ -14,13 +14,18 @@ from typing import IO
 
 from ..errors import ConfigError, HeadraceError
 
-SCRIPTS = {
+# The scripts of the peers that generate, and of those that embed.
+GENERATORS = {
     "llama.cpp": "llama_cpp_peer.py",
     "openvino": "openvino_peer.py",
-    "sentence-transformers": "sentence_transformers_peer.py",
     "transformers": "transformers_peer.py",
     "vllm": "vllm_peer.py",
 }
+EMBEDDERS = {
+    "openvino": "openvino_embed_peer.py",
+    "sentence-transformers": "sentence_transformers_peer.py",
+}
+PEERS = Path(__file__).parent / "peers"
 DEFAULT_FOLDER = "~/.cache/headrace-peers"
 LOAD_SECONDS = 300.0
 TEST_SECONDS = 600.0
@@ -84,30 +89,36 @@ def peer_models(names: Sequence[str], chosen: Sequence[str], default: Path) -> d
 
 
 @contextmanager
-def started(names: Sequence[str], folder: Path, models: Mapping[str, str], threads: int) -> Iterator[list[Peer]]:
-    """The named peers, each with its model loaded; `models` maps a peer's name to a path. They end with the context.
+def started(
+    names: Sequence[str],
+    folder: Path,
+    models: Mapping[str, str],
+    threads: int,
+    scripts: Mapping[str, str] = GENERATORS,
+) -> Iterator[list[Peer]]:
+    """The named peers, each with its model loaded; `models` maps a peer's name to a path, and `scripts` to its script,
+    a file of peers/ or a path. They end with the context.
 
     Raises ConfigError for a name that is unknown, and for a peer that has no environment in `folder`.
     """
     for name in names:
-        if name not in SCRIPTS:
-            raise ConfigError(f"unknown peer {name!r}; known are {', '.join(SCRIPTS)}")
+        if name not in scripts:
+            raise ConfigError(f"unknown peer {name!r}; known are {', '.join(scripts)}")
         if not (folder / name / "bin" / "python").exists():
             raise ConfigError(f"{name} has no environment at {folder / name}; make one there, or name another folder")
     with ExitStack() as stack:
         log = stack.enter_context(open(os.devnull, "w"))
         peers = []
         for name in names:
-            peer = Peer(name, stack.enter_context(_process(name, folder, models[name], threads, log)))
+            command = [str(folder / name / "bin" / "python"), str(PEERS / scripts[name]), models[name], str(threads)]
+            peer = Peer(name, stack.enter_context(_process(command, log)))
             peer.read(LOAD_SECONDS)
             peers.append(peer)
         yield peers
 
 
 @contextmanager
-def _process(name: str, folder: Path, model: str, threads: int, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    script = Path(__file__).parent / "peers" / SCRIPTS[name]
-    command = [str(folder / name / "bin" / "python"), str(script), model, str(threads)]
+def _process(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[str]]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)

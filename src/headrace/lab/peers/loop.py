@@ -11,6 +11,8 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 rng = random.Random(0)
 
@@ -43,11 +45,30 @@ def rate_by_difference(generate: Callable[[list[list[int]], int], None], test: s
     return length / seconds(1) if not new else batch * new / (seconds(new + 1) - seconds(1))
 
 
+def rate_of_embedding(embed: Callable[[list[str]], Any]) -> Callable[[str], float]:
+    """What runs tests of a peer whose `embed(texts)` gives an array of float32 [texts, dim].
+
+    A test is the path of a JSON object of "texts" and of the "tokens" that they are. The embeddings are left beside it,
+    as .f32, to be compared.
+    """
+
+    def run(test: str) -> float:
+        path = Path(test)
+        given = json.loads(path.read_text())
+        started = time.perf_counter()
+        embeddings = embed(given["texts"])
+        seconds = time.perf_counter() - started
+        path.with_suffix(".f32").write_bytes(embeddings.tobytes())
+        return given["tokens"] / seconds
+
+    return run
+
+
 def answer(load: Callable[[str, int], Callable[[str], float]]) -> None:
     """`load(model, threads)` gives the function that runs a test. One JSON line says ready, then one for each test."""
-    run = load(sys.argv[1], int(sys.argv[2]))
     out = sys.stdout
     sys.stdout = sys.stderr  # what the peer prints must not come between the answers
+    run = load(sys.argv[1], int(sys.argv[2]))
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         print(json.dumps({"test": line.strip(), "tokens_per_second": run(line.strip())}), file=out, flush=True)

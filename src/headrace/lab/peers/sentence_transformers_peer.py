@@ -1,13 +1,10 @@
-"""sentence-transformers, float32, in batches of its own making. A test is the path of a JSON list of texts."""
+"""sentence-transformers, float32, in batches of its own making."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-from loop import answer  # type: ignore[import-not-found]
+from loop import answer, rate_of_embedding  # type: ignore[import-not-found]
 
 
 def load(path: str, threads: int) -> Callable[[str], float]:
@@ -16,16 +13,7 @@ def load(path: str, threads: int) -> Callable[[str], float]:
 
     torch.set_num_threads(threads)
     model = SentenceTransformer(path, device="cpu")
-
-    def rate(test: str) -> float:
-        texts = json.loads(Path(test).read_text())
-        limit = model.max_seq_length or 1 << 30
-        tokens = sum(min(limit, len(ids)) for ids in model.tokenizer(texts)["input_ids"])
-        started = time.perf_counter()
-        model.encode(texts, show_progress_bar=False)
-        return tokens / (time.perf_counter() - started)
-
-    return rate
+    return rate_of_embedding(lambda texts: model.encode(texts, show_progress_bar=False))
 
 
 if __name__ == "__main__":
