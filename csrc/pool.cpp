@@ -1,9 +1,12 @@
 #include "pool.h"
 
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <climits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -20,10 +23,21 @@ void pause_cpu() {
 #endif
 }
 
-// Waiting inside a job: the others are microseconds away, unless a core was taken from one of them; then spinning would keep it away.
+// Waiting inside a job: the others are microseconds away, unless a core was taken from one of them; then spinning would keep it away, and
+// yielding again and again give up this thread's share of a core that others want too.
 constexpr int kSpins = 512;
 // Waiting between jobs: longer than the host needs between two steps, short enough not to burn an idle machine.
 constexpr auto kIdle = std::chrono::microseconds(200);
+// What a job gave goes on through other threads: host, server, client. For the scheduler, one of them that another preempted has had its
+// share, and waits for the clock's next tick (4 ms) behind a thread that computes. So for kNews the threads that compute leave their core
+// to whoever waits for it, each kTurns; less often where those keep it so long that they must be computing as well.
+constexpr auto kNews = std::chrono::milliseconds(3);
+constexpr auto kTurns = std::chrono::microseconds(200), kLongTurn = 10 * kTurns, kTurnsAfterLong = 100 * kTurns;
+
+void futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
+    static_assert(sizeof word == sizeof value);
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, nullptr, nullptr, 0);
+}
 
 }  // namespace
 
@@ -44,6 +58,21 @@ void Worker::barrier() {
         first_ = 0;
     else
         meet();
+    if (carried_) give_way();
+}
+
+void Worker::note_done() {
+    carried_ = true;
+    carried_until_ = std::chrono::steady_clock::now() + kNews;
+}
+
+void Worker::give_way() {
+    const auto start = std::chrono::steady_clock::now();
+    if (start < next_turn_) return;
+    sched_yield();
+    const auto end = std::chrono::steady_clock::now();
+    next_turn_ = end + (end - start < kLongTurn ? kTurns : kTurnsAfterLong);
+    carried_ = start < carried_until_;
 }
 
 void Worker::meet() {
@@ -53,15 +82,18 @@ void Worker::meet() {
     if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
         pool_.arrived_.store(0, std::memory_order_relaxed);
         pool_.next_piece_.store(count, std::memory_order_relaxed);
-        pool_.phase_.store(phase + 1, std::memory_order_release);
+        // In one order with what a sleeper does: either it sees the phase, or it is seen.
+        pool_.phase_.store(phase + 1, std::memory_order_seq_cst);
+        if (pool_.sleepers_.load(std::memory_order_seq_cst)) futex(pool_.phase_, FUTEX_WAKE_PRIVATE, INT_MAX);
         return;
     }
-    for (int spins = 0; pool_.phase_.load(std::memory_order_acquire) == phase; ++spins) {
-        if (spins < kSpins)
-            pause_cpu();
-        else
-            sched_yield();
+    for (int spins = 0; spins < kSpins; ++spins) {
+        if (pool_.phase_.load(std::memory_order_acquire) != phase) return;
+        pause_cpu();
     }
+    pool_.sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    while (pool_.phase_.load(std::memory_order_seq_cst) == phase) futex(pool_.phase_, FUTEX_WAIT_PRIVATE, phase);
+    pool_.sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
 Pool::Pool(int threads) : next_piece_(threads) {
@@ -120,6 +152,7 @@ void Pool::work(int index) {
         Job& job = jobs_[ticket % kQueue];
         job(worker);
         worker.meet();
+        worker.note_done();
         if (index == 0) {
             job = nullptr;
             completed_.store(ticket, std::memory_order_release);

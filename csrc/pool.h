@@ -3,6 +3,7 @@
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <mutex>
@@ -44,10 +45,18 @@ class Worker {
     void meet();
 
   private:
+    friend class Pool;
+    // A job was done, of which other threads now carry the news on.
+    void note_done();
+    void give_way();
+
     Pool& pool_;
     // Together, the first piece of a phase is the thread's own index, so that it costs no atomic; -1 once taken. Apart, the next piece.
     int first_;
     bool apart_ = false;
+    // While the news of the job before is on its way: until when, and when to leave the core to it next.
+    bool carried_ = false;
+    std::chrono::steady_clock::time_point carried_until_, next_turn_;
 };
 
 class Pool {
@@ -85,6 +94,7 @@ class Pool {
     alignas(64) std::atomic<int> next_piece_{0};
     std::atomic<bool> stopping_{false};
     std::atomic<int> bell_{-1};
+    std::atomic<int> sleepers_{0};  // threads that wait for a phase without spinning
     std::vector<std::thread> threads_;
 };
 
