@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -710,4 +711,7 @@ def _warn(message: Warning | str, *_: Any) -> None:
 
 def main() -> None:
     warnings.showwarning = _warn
+    # Before numpy comes: threads of its BLAS would spin for a while on the cores that load the model.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    gc.set_threshold(50_000)  # a vocabulary is a hundred thousand objects, and none of them is garbage
     app()

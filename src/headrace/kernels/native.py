@@ -513,12 +513,13 @@ class _Graph:
     """Who makes and who reads each value, and what follows from that."""
 
     def __init__(self, records: Sequence[Record], output: Value | None) -> None:
-        self.records, self.output = records, output
+        self.output = output
         self.maker = {record.out: record for record in records}
         self.users: dict[Value, list[Record]] = {}
         for record in records:
             for value in record.inputs:
                 self.users.setdefault(value, []).append(record)
+        self._writes = _absorbed_writes(records)
         self.logits, self._head = self._find_head()
 
     def _find_head(self) -> tuple[Record | None, list[Record]]:
@@ -548,7 +549,7 @@ class _Graph:
         """Whether what reads the record's value does its work."""
         user = self._only_user(record.out)
         if record.op == "kv_write":
-            return any(self._write_of(reader) is record for reader in self.records if reader.op == "attention")
+            return record in self._writes.values()
         if record in self._head:
             return record is not self.logits
         if record.op in ("norm", "activate") and self._feeds_products(record.out) and _of_whole_rows(record):
@@ -624,14 +625,6 @@ class _Graph:
         alone = self._only_user(gate.out) is record and self._only_user(up.out) is record
         return (gate, up) if alone else None
 
-    def _write_of(self, attention: Record) -> Record | None:
-        """The kv_write that an attention absorbs: the last thing before it to touch its cache."""
-        cache, before = attention.attributes["cache"], self.records[: self.records.index(attention)]
-        touched = [record for record in before if record.attributes.get("cache") == cache]
-        last = touched[-1] if touched else None
-        same = last is not None and last.op == "kv_write" and last.attributes["group"] == attention.attributes["group"]
-        return last if same else None
-
     def _input(self, value: Value) -> tuple[Value, dict[str, Any]]:
         """Where products find their input: behind the norm or activation and the gathering that they absorb."""
         source: dict[str, Any] = {"before": None, "gathered": False}
@@ -673,7 +666,7 @@ class _Graph:
     def attention(self, record: Record) -> Item:
         attributes = record.attributes | dict.fromkeys(("q_rope", "k_rope", "q_norm", "k_norm"))
         reads = [record.inputs[0]]
-        if write := self._write_of(record):
+        if write := self._writes.get(record):
             reads.extend(write.inputs)
         for index, name in enumerate("qk"[: len(reads)]):
             for op, attribute in (("rope", "table"), ("norm", "function")):
@@ -681,6 +674,21 @@ class _Graph:
                 if maker is not None and maker.op == op and self.absorbed(maker):
                     reads[index], attributes[f"{name}_{op}"] = maker.inputs[0], maker.attributes[attribute]
         return Item("attention", tuple(reads), (record.out,), attributes)
+
+
+def _absorbed_writes(records: Sequence[Record]) -> dict[Record, Record]:
+    """The kv_write that each attention absorbs: the last thing before it to touch its cache."""
+    touched: dict[NativeCache, Record] = {}
+    writes = {}
+    for record in records:
+        if (cache := record.attributes.get("cache")) is None:
+            continue
+        last = touched.get(cache)
+        same = last is not None and last.op == "kv_write" and last.attributes["group"] == record.attributes["group"]
+        if record.op == "attention" and last is not None and same:
+            writes[record] = last
+        touched[cache] = record
+    return writes
 
 
 def _of_whole_rows(record: Record) -> bool:
