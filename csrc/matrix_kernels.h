@@ -673,32 +673,42 @@ void multiply_float(const Product& p, int64_t row0, int64_t row1, int64_t tile0,
 
 // ---- activations
 
+// Scales of 16 groups, from the greatest sizes of their inputs.
+inline Floats group_scales(Floats sizes) {
+    const Floats scales = min(all(0x1p64f), max(all(0x1p-64f), sizes * all(1 / 127.4f)));  // a NaN stays one
+    constexpr uint32_t below = (1u << (24 - scale_bits)) - 1;
+    return rounded_up<below>(scales);
+}
+
 inline void quantise_group_row(const Activation& a, int64_t row, const float* x) {
-    GroupBlock* block = reinterpret_cast<GroupBlock*>(a.row(row));
+    GroupBlock* blocks = reinterpret_cast<GroupBlock*>(a.row(row));
     const bool shifted = a.recipe == Recipe::shifted;
-    for (int64_t k = 0; k < a.cols; k += 32, x += 32, block++) {
-        Floats low = load(x), high = load(x + 16);
-        float offset = 0, size;
-        if (shifted) {
-            const float most = greatest(max(low, high)), least = -greatest(all(0) - min(low, high));
-            offset = 0.5f * (most + least);
-            size = std::max(most - offset, offset - least);
-            low = low - all(offset), high = high - all(offset);
-        } else {
-            size = greatest(max(absolute(low), absolute(high)));
+    const Floats most = all(127), least = all(-127);
+    for (int64_t groups = a.cols / 32; groups > 0; groups -= kLanes, blocks += kLanes, x += 32 * kLanes) {
+        const int count = int(std::min<int64_t>(groups, kLanes));
+        alignas(64) float sizes[kLanes] = {}, offsets[kLanes] = {}, inverses[kLanes];
+        for (int g = 0; g < count; g++) {
+            const Floats low = load(x + 32 * g), high = load(x + 32 * g + 16);
+            if (shifted) {
+                const float top = greatest(max(low, high)), bottom = -greatest(all(0) - min(low, high));
+                offsets[g] = 0.5f * (top + bottom);
+                sizes[g] = std::max(top - offsets[g], offsets[g] - bottom);
+            } else {
+                sizes[g] = greatest(max(absolute(low), absolute(high)));
+            }
         }
-        float scale = std::min(std::max(size * (1 / 127.4f), 0x1p-64f), 0x1p64f);
-        uint32_t bits;
-        std::memcpy(&bits, &scale, 4);
-        constexpr uint32_t below = (1u << (24 - scale_bits)) - 1;
-        bits = (bits + below) & ~below;
-        std::memcpy(&scale, &bits, 4);
-        const Floats inverse = all(1 / scale), most = all(127), least = all(-127);
-        const Ints low_codes = round_to_ints(min(max(low * inverse, least), most)), high_codes = round_to_ints(min(max(high * inverse, least), most));
-        const auto [low_total, high_total] = store_and_sum(block->codes, low_codes, high_codes);
-        const int32_t total = low_total + high_total;
-        block->scale = scale, block->sum = scale * float(total), block->minus8 = -8 * total, block->minus8_low = -8 * low_total;
-        block->offset = offset;
+        const Floats scales = group_scales(load(sizes));
+        store(sizes, scales), store(inverses, all(1) / scales);
+        for (int g = 0; g < count; g++) {
+            GroupBlock& block = blocks[g];
+            const Floats inverse = all(inverses[g]), offset = all(offsets[g]);
+            const Ints low = round_to_ints(min(max((load(x + 32 * g) - offset) * inverse, least), most));
+            const Ints high = round_to_ints(min(max((load(x + 32 * g + 16) - offset) * inverse, least), most));
+            const auto [low_total, high_total] = store_and_sum(block.codes, low, high);
+            const int32_t total = low_total + high_total;
+            block.scale = sizes[g], block.sum = sizes[g] * float(total), block.minus8 = -8 * total, block.minus8_low = -8 * low_total;
+            block.offset = offsets[g];
+        }
     }
 }
 
