@@ -253,7 +253,9 @@ def test_a_chat_in_a_terminal(smollm2, tmp_path):
     terminal.type("/save " + str(tmp_path / "chat.json") + "\n")
     terminal.wait_for("(saved 4 messages")
     terminal.wait_for(">>> ")
-    terminal.type("half a line\x03")  # at the prompt: the line goes, the chat stays
+    terminal.type("half a line")
+    terminal.wait_for("half a line")
+    terminal.type("\x03")  # at the prompt: the line goes, the chat stays
     terminal.wait_for(">>> ")
     terminal.type("\x04")
     assert terminal.end() == 0

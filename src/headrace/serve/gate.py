@@ -90,6 +90,7 @@ class Gate:
                 return
             await self._answer(call, error)(scope, receive, start)
         finally:
+            scope.get("headrace.lost", bool)()  # what was cut off meanwhile is no answer that we owe
             self._server.calls.discard(call)
             for action in call.at_end:
                 action()
