@@ -354,18 +354,15 @@ inline Floats keep(Floats x, Seen seen, Floats other) { return seen.first == 0 &
 template <class S>
 inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, int first_tile, int past_tile, const Tiles& tiles) {
     const Floats none = all(-INFINITY);
-    const bool plain = !(call.softcap > 0) && slope == 0;
     Floats best = none;
     for (int t = first_tile; t < past_tile; ++t) {
         Floats s = load(row + t * kTile);
         if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
-        if (!plain) {
-            if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
-                const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
-                s = tanh * all(call.softcap * kLog2E);
-            }
-            if (slope != 0) s = fma(all(slope * kLog2E), load(kLaneNumbers) + all(float(distance + t * kTile)), s);
+        if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
+            const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
+            s = tanh * all(call.softcap * kLog2E);
         }
+        if (slope != 0) s = fma(all(slope * kLog2E), load(kLaneNumbers) + all(float(distance + t * kTile)), s);
         s = keep(s, lanes(seen, t), none);
         store(row + t * kTile, s);
         best = max(best, s);

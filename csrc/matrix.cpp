@@ -297,11 +297,11 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
             const int first = int(g % layout.groups);
             read_block(format, p, block);
             most = std::max(most, largest(layout, block, groups));
-            neutralise(layout, block, groups);
             if constexpr (direct) {
                 place_dwords(layout, super, n, first, has_zero_scale(layout, block, 0) ? zeros : p + step - 4 * layout.low_bits);
                 visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
             } else {
+                neutralise(layout, block, groups);
                 place_block(layout, super, n, first, groups, block);
             }
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .errors import ConfigError, HeadraceError, RequestError
+from .processes import prepare_to_load
 from .serve.command import serve
 from .serve.scale import scale
 
@@ -713,5 +713,5 @@ def main() -> None:
     warnings.showwarning = _warn
     # Before numpy comes: threads of its BLAS would spin for a while on the cores that load the model.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-    gc.set_threshold(50_000)  # a vocabulary is a hundred thousand objects, and none of them is garbage
+    prepare_to_load()
     app()

@@ -40,9 +40,19 @@ def threads() -> set[int]:
         return set()
 
 
+_GC_THRESHOLD = gc.get_threshold()
+
+
+def prepare_to_load() -> None:
+    """Let the garbage collector look less often, until `settle`: a vocabulary is a hundred thousand objects, and none
+    of them is garbage."""
+    gc.set_threshold(50_000)
+
+
 def settle() -> None:
     """What is here now stays: tell the garbage collector, whose looks at all of it would hold up answers."""
     gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLD)
 
 
 @contextmanager
