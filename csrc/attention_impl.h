@@ -1,8 +1,12 @@
 // Attention for one instruction set: included by attention_<isa>.cpp, which sets HEADRACE_ISA. See attention.h for the recipe.
 #pragma once
 
+#include <algorithm>
+
 #include "attention.h"
 #include "simd.h"
+
+#define HEADRACE_UNROLL _Pragma("GCC unroll 8")
 
 namespace headrace::HEADRACE_ISA {
 namespace {
@@ -98,10 +102,10 @@ void store_token(const KvLayout& layout, uint8_t* tile, int offset, const float*
     to_elements(k, layout.head_dim, key, scales + offset, 128);
     to_elements(v, layout.head_dim, value, scales + kTile + offset, 0);
     Element *keys = (Element*)tile, *values = (Element*)(tile + layout.plane_bytes) + offset / W * layout.dim * W + offset % W;
-    for (int d = 0; d < layout.head_dim; ++d) {
-        keys[(d / W * kTile + offset) * W + d % W] = key[d];
-        values[d * W] = value[d];
-    }
+    int d = 0;
+    for (; d + W <= layout.head_dim; d += W) std::memcpy(keys + d * kTile + offset * W, key + d, sizeof(Element) * W);
+    for (; d < layout.head_dim; ++d) keys[(d / W * kTile + offset) * W + d % W] = key[d];
+    HEADRACE_UNROLL for (d = 0; d < layout.head_dim; ++d) values[d * W] = value[d];
 }
 
 // ---- queries
@@ -121,17 +125,14 @@ inline void to_bytes(const float* q, int dim, uint32_t* words, ByteQuery& query)
     query.scale = greatest(size) / steps;
     const Floats divisor = all(query.scale > 0 ? query.scale : 1.0f);
     uint8_t *high = (uint8_t*)words, *low = high + dim;
-    Words sum = all_words(0);
+    Floats total = zero();  // of whole numbers below 2^24
     for (int d = 0; d < dim; d += kLanes) {
         const Floats code = max(nearest(load(q + d) / divisor), all(-steps)), upper = nearest(code * all(1.0f / 128));
         store_bytes(high + d, to_ints(upper));
         store_bytes(low + d, to_ints(code - upper * all(128.0f)));
-        sum = sum + to_ints(code);
+        total = total + code;
     }
-    int32_t sums[kLanes];
-    store_words((uint32_t*)sums, sum);
-    query.bias = 0;
-    for (int32_t part : sums) query.bias -= 128 * part;
+    query.bias = -128 * int32_t(sum(total));
 }
 
 template <class S>
@@ -192,7 +193,6 @@ class Fetcher {
 
 // A function of its own, so that its sums and nothing else take the registers.
 #define HEADRACE_APART __attribute__((noinline))
-#define HEADRACE_UNROLL _Pragma("GCC unroll 8")
 
 // scores[query][16 v + lane] = sum over d of q . key, for NV tiles of keys.
 template <class Dot, int NQ, int NV>
@@ -349,13 +349,30 @@ inline Seen lanes(Seen seen, int t) {
 
 inline Floats keep(Floats x, Seen seen, Floats other) { return seen.first == 0 && seen.past == kTile ? x : keep(x, seen.first, seen.past, other); }
 
+// Calls f(tile, its lanes that the query sees) for every tile of which it sees some.
+template <class F>
+inline void each_seen(Seen seen, F f) {
+    int t = seen.first / kTile;
+    const int whole = seen.past / kTile, past = (seen.past + kTile - 1) / kTile;
+    if (t < past && seen.first % kTile != 0) f(t, lanes(seen, t)), ++t;
+    for (; t < whole; ++t) f(t, Seen{0, kTile});
+    if (t < past) f(t, lanes(seen, t));
+}
+
+// Calls f(tile) for the others of first..past-1.
+template <class F>
+inline void each_unseen(Seen seen, int first, int past, F f) {
+    for (int t = first; t < std::min(past, seen.first / kTile); ++t) f(t);
+    for (int t = std::max(first, (seen.past + kTile - 1) / kTile); t < past; ++t) f(t);
+}
+
 // Finishes the scores of one query, in place: arguments of 2^x, -inf where it does not look. Gives the greatest. `distance`: from the query to
 // the block's start.
 template <class S>
-inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, int first_tile, int past_tile, const Tiles& tiles) {
+inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, const Tiles& tiles) {
     const Floats none = all(-INFINITY);
     Floats best = none;
-    for (int t = first_tile; t < past_tile; ++t) {
+    each_seen(seen, [&](int t, Seen lanes) {
         Floats s = load(row + t * kTile);
         if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
         if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
@@ -363,40 +380,42 @@ inline float finish_scores(const AttentionCall& call, float* row, Seen seen, flo
             s = tanh * all(call.softcap * kLog2E);
         }
         if (slope != 0) s = fma(all(slope * kLog2E), load(kLaneNumbers) + all(float(distance + t * kTile)), s);
-        s = keep(s, lanes(seen, t), none);
+        s = keep(s, lanes, none);
         store(row + t * kTile, s);
         best = max(best, s);
-    }
+    });
     return greatest(best);
 }
 
 // Finished scores of one query become weights p, in place; gives their sum. As bytes they take their values' scales too, and `most` becomes
-// the greatest.
+// the greatest; as others they become 0 where it does not look.
 template <class S>
 inline float weigh(float* row, Seen seen, float m, int first_tile, int past_tile, const Tiles& tiles, float* most) {
-    const Floats top = all(seen.past > seen.first ? m : 0.0f);
+    const Floats top = all(m);
     Floats total = zero(), greatest_weight = zero();
-    for (int t = first_tile; t < past_tile; ++t) {
+    each_seen(seen, [&](int t, Seen lanes) {
         const Floats p = exp2(load(row + t * kTile) - top);
         total = total + p;
         if constexpr (S::kBytes) {
-            const Floats weight = keep(p * load(tiles.scales[t] + kTile), lanes(seen, t), zero());  // the scale of what is not there may be a NaN
+            const Floats weight = keep(p * load(tiles.scales[t] + kTile), lanes, zero());  // the scale of what is not there may be a NaN
             store(row + t * kTile, weight);
             greatest_weight = max(greatest_weight, weight);
         } else {
             store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
         }
-    }
+    });
     if constexpr (S::kBytes) *most = greatest(greatest_weight);
+    else each_unseen(seen, first_tile, past_tile, [&](int t) { store_as((uint32_t*)row, t * kTile, zero(), typename S::Dot()); });
     return sum(total);
 }
 
-// Weights as 16-bit fractions of the greatest one, `most`, high bytes first; returns that one's step.
-inline float fractions(const float* row, float most, int first_tile, int past_tile, uint8_t* bytes) {
+// Weights of one query as 16-bit fractions of the greatest one, `most`, high bytes first; returns that one's step.
+inline float fractions(const float* row, Seen seen, float most, int first_tile, int past_tile, uint8_t* bytes) {
     constexpr float steps = 65535;
     const Floats factor = all(most > 0 ? steps / most : 0.0f);
-    for (int t = first_tile; t < past_tile; ++t)
-        store_bytes(bytes + kSplit + t * kTile, bytes + t * kTile, to_ints(min(load(row + t * kTile) * factor, all(steps))));
+    auto put = [&](int t, Floats fraction) { store_bytes(bytes + kSplit + t * kTile, bytes + t * kTile, to_ints(fraction)); };
+    each_seen(seen, [&](int t, Seen) { put(t, min(load(row + t * kTile) * factor, all(steps))); });
+    each_unseen(seen, first_tile, past_tile, [&](int t) { put(t, zero()); });
     return most / steps;
 }
 
@@ -460,11 +479,10 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     // Pass by pass over all queries: one's last sum is then added up while the next one's are computed.
     float factors[kQueries];
     auto row = [&](int i) { return scratch.scores + i * kScoreStride; };
-    for (int i = 0; i < count; ++i)
-        m[i] = finish_scores<S>(call, row(i), seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], first, past, tiles);
+    for (int i = 0; i < count; ++i) m[i] = finish_scores<S>(call, row(i), seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], tiles);
     for (int i = 0; i < count; ++i) l[i] = weigh<S>(row(i), seen[i], m[i], first, past, tiles, factors + i);
     if constexpr (S::kBytes)
-        for (int i = 0; i < count; ++i) factors[i] = fractions(row(i), factors[i], first, past, scratch.bytes + i * 2 * kSplit);
+        for (int i = 0; i < count; ++i) factors[i] = fractions(row(i), seen[i], factors[i], first, past, scratch.bytes + i * 2 * kSplit);
 
     const int tokens = high - first * kTile;
     int column = 0;

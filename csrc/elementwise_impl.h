@@ -32,6 +32,10 @@ inline void map(const float* x, int n, float* y, F f) {
 }
 
 inline Floats load_some(const float* p, int n) { return n == kLanes ? load(p) : load_first(p, n); }
+inline void store_some(float* p, Floats x, int n) {
+    if (n == kLanes) store(p, x);
+    else store_first(p, x, n);
+}
 
 void rms_norm(const float* x, const float* weight, float eps, int n, float* y) {
     const float mean = sum_over(x, n, [](Floats acc, Floats v) { return fma(v, v, acc); }) / float(n);
@@ -60,10 +64,10 @@ void rope_angles(int32_t position, const float* inv_freq, float scale, int half,
 void rope(const float* x, const float* cos_sin, int half, int head_dim, float* y) {
     for (int i = 0; i < half; i += kLanes) {
         const int n = lanes_left(half, i);
-        const Floats cos = load_first(cos_sin + i, n), sin = load_first(cos_sin + half + i, n);
-        const Floats first = load_first(x + i, n), second = load_first(x + half + i, n);
-        store_first(y + i, first * cos - second * sin, n);
-        store_first(y + half + i, second * cos + first * sin, n);
+        const Floats cos = load_some(cos_sin + i, n), sin = load_some(cos_sin + half + i, n);
+        const Floats first = load_some(x + i, n), second = load_some(x + half + i, n);
+        store_some(y + i, first * cos - second * sin, n);
+        store_some(y + half + i, second * cos + first * sin, n);
     }
     if (y != x && 2 * half < head_dim) std::memcpy(y + 2 * half, x + 2 * half, size_t(head_dim - 2 * half) * 4);
 }

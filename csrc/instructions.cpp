@@ -9,7 +9,7 @@ namespace {
 // Rows of a product that run over a group of tiles before the next group: their activations should stay in the second-level cache.
 constexpr int kRowBlock = 256;
 // Rows whose results stay in a thread's own memory until the next op reads them.
-constexpr int kTileRows = 64;
+constexpr int kTileRows = 128;
 constexpr int kLinearTiles = 64;  // tiles in a piece, at most
 constexpr int kHeadTiles = 16;
 constexpr int kGatedTiles = 8;  // of gate, and of up

@@ -32,7 +32,7 @@ constexpr int float_rows = 4, float_tiles = 1;
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
 constexpr int block_groups = 18;    // of inputs, unpacked at a time
 constexpr int row_block_groups = 28;  // the same for Recipe::row
-constexpr int partial_rows = 128;   // rows whose sums wait between blocks of inputs
+constexpr int partial_rows = 256;   // rows whose sums wait between blocks of inputs
 constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
 
 // Calls f.operator()<R>() for R = r, 1 <= r <= Max.

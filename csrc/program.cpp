@@ -146,6 +146,9 @@ void Program::use_kv(int group, const KvPool& pool) {
 
 void Program::finish(SlotId hidden, SlotId output) {
     hidden_ = hidden, output_ = output;
+    double of_a_row = 0;
+    for (const auto& instruction : instructions_) of_a_row += instruction->row_cost();
+    if (of_a_row > kLargeProduct * double(instructions_.size())) share_rows_ = kShareRowsOfLarge;
     int widest = 0, most_blocks = 1;
     for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
     if (!own_keys_.empty()) {
@@ -250,7 +253,7 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
-    const bool apart = !step.shares.empty(), logits_apart = apart && !group_ && step.logits() >= kShareRows * pool.threads();
+    const bool apart = !step.shares.empty(), logits_apart = apart && !group_ && step.logits() >= share_rows_ * pool.threads();
     for (int half = 0; half < int(step.halves.size()); ++half) {
         enter(step, worker, apart, half);
         begin(step, worker);
@@ -316,7 +319,7 @@ void Program::share_out(Step& step) const {
     const int cut = halved ? rows / 2 / 16 * 16 : rows;
     step.halves = {{0, cut}};
     if (halved) step.halves.push_back({cut, rows});
-    if (!parts_ || cut < kShareRows * threads || (threads == 1 && !halved)) return;
+    if (!parts_ || cut < share_rows_ * threads || (threads == 1 && !halved)) return;
     if (!group_ && !std::is_sorted(step.logit_rows.begin(), step.logit_rows.end())) return;
     double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)

@@ -54,9 +54,10 @@ inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
 constexpr int kPrivateRows = 2;
-// With so many rows for each thread, every thread takes its own through all layers: each then reads all weights, but what it computes stays
-// in its own caches, and it waits for nobody.
-constexpr int kShareRows = 16;
+// With so many rows for each thread, every thread takes its own through all layers: each then reads and unpacks all weights, but what it
+// computes stays in its own caches, and it waits for nobody. Large products last so much longer than a wait that only many rows make up for it.
+constexpr int kShareRows = 16, kShareRowsOfLarge = 128;
+constexpr double kLargeProduct = 4e6;  // operations for a row, as an instruction's average
 // Of a program with a group: rows of each half, at least. The same for all ranks, however many threads they have.
 constexpr int kHalfRows = 32;
 // Time of an operation of attention, in operations of products.
@@ -279,6 +280,7 @@ class Program {
     std::vector<int> page_sizes_;
     std::vector<std::unique_ptr<Instruction>> instructions_;
     bool parts_ = true;  // all instructions do
+    int share_rows_ = kShareRows;
     std::shared_ptr<Group> group_;
     std::atomic<int> posting_[2 * GroupLayout::buffers] = {};  // of event n at n % their number: threads that work apart and have called post
     int reductions_ = 0, first_buffer_ = 0;  // of the step's first reduction
