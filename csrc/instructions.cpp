@@ -87,8 +87,7 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
     const Range team = rows(program, worker);
     const bool own = team.count() <= kPrivateRows;
     std::vector<Activation> out;
-    // Threads apart may be at different instructions: in the head too, a thread keeps to the room of its own rows.
-    uint8_t* memory = own ? program.scratch(worker).activations : program.activations(worker.apart() ? worker.rows.first : team.first);
+    uint8_t* memory = own ? program.scratch(worker).activations : program.activations(team.first);
     for (Recipe recipe : recipes) {
         out.push_back(activation(recipe, team.count(), cols, memory));
         memory += aligned(activation_bytes(recipe, team.count(), cols));

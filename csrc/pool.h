@@ -27,8 +27,9 @@ class Worker {
     Worker(Pool& pool, int index) : index(index), pool_(pool), first_(index) {}
 
     const int index;
-    Range rows, logits;  // what its team works on: rows of a step, and indices of its logit rows
-    int half = 0;        // of the step's rows, where they are worked on in halves
+    Range rows;    // of a step, that its team works on
+    Range logits;  // all logit rows: on them the threads work together
+    int half = 0;  // of the step's rows, where they are worked on in halves
 
     bool apart() const { return apart_; }
     // Every thread must do so at the same place, after a meeting.

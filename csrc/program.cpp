@@ -253,7 +253,7 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
-    const bool apart = !step.shares.empty(), logits_apart = apart && !group_ && step.logits() >= share_rows_ * pool.threads();
+    const bool apart = !step.shares.empty();
     for (int half = 0; half < int(step.halves.size()); ++half) {
         enter(step, worker, apart, half);
         begin(step, worker);
@@ -268,7 +268,7 @@ void Program::run(Step& step, Worker& worker) {
         last = time, before = next;
     };
     for (size_t first = 0, past; first < instructions_.size(); first = past) {
-        const bool of_rows = instructions_[first]->space(*this) == RowSpace::all, next_apart = of_rows ? apart : logits_apart;
+        const bool of_rows = instructions_[first]->space(*this) == RowSpace::all, next_apart = of_rows && apart;
         const bool met = next_apart != worker.apart();
         if (met) worker.meet();
         past = past_segment(step, first);
@@ -308,8 +308,6 @@ void Program::enter(const Step& step, Worker& worker, bool apart, int half) cons
     if (!apart) return;
     const int* shares = step.shares.data() + size_t(half) * size_t(pool.threads() + 1);
     worker.rows = {shares[worker.index], shares[worker.index + 1]};
-    auto logit = [&](int row) { return int(std::lower_bound(step.logit_rows.begin(), step.logit_rows.end(), row) - step.logit_rows.begin()); };
-    worker.logits = {logit(worker.rows.first), logit(worker.rows.past)};
 }
 
 // Gives each thread rows of about the same cost, where there are enough; and halves them first, where the sums come from other ranks.
@@ -320,7 +318,6 @@ void Program::share_out(Step& step) const {
     step.halves = {{0, cut}};
     if (halved) step.halves.push_back({cut, rows});
     if (!parts_ || cut < share_rows_ * threads || (threads == 1 && !halved)) return;
-    if (!group_ && !std::is_sorted(step.logit_rows.begin(), step.logit_rows.end())) return;
     double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)
         if (instruction->space(*this) == RowSpace::all) of_a_row += instruction->row_cost(), of_a_key += kAttentionCost * instruction->key_cost();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -100,8 +100,10 @@ class Completion:
     def done(self) -> bool:
         return self._open == 0
 
-    def push(self, event: Event) -> Delta | None:
-        """Take in an event of this request; what it adds, or None where it adds nothing that may be shown."""
+    def push(self, event: Event, shown: bool = True) -> Delta | None:
+        """Take in an event of this request; what it adds, or None where it adds nothing that may be shown.
+
+        Where nobody is shown any of a sample (`shown` false), its text is made at its end, all at once."""
         index = event.sample_index
         sample = self.output.samples[index]
         if sample.finish_reason is not None:
@@ -114,7 +116,12 @@ class Completion:
             self._logits[index].append(event.logits)
         sample.token_ids.extend(event.tokens)
         sample.logprobs.extend(event.logprobs)
-        text, matched = self._show(index, event)
+        tokens = event.tokens
+        if not shown and self._matchers[index] is None:
+            if not event.finish_reason:
+                return None
+            tokens = sample.token_ids
+        text, matched = self._show(index, tokens, ends=event.finish_reason is not None)
         sample.text += text
         if matched:
             self.stopped[index] = True
@@ -134,10 +141,8 @@ class Completion:
         if index == 0 and self.output.prompt_logprobs is not None:
             self.output.prompt_logprobs.clear()
 
-    def _show(self, index: int, event: Event) -> tuple[str, bool]:
-        """Text that is final now, and whether a stop string has ended it."""
-        tokens = event.tokens
-        ends = event.finish_reason is not None
+    def _show(self, index: int, tokens: Sequence[int], ends: bool) -> tuple[str, bool]:
+        """Text that is final with these tokens, and whether a stop string has ended it."""
         if ends and tokens and tokens[-1] in self._stop_ids and not self._params.include_stop:
             tokens = tokens[:-1]
         text = self._text[index].push(tokens)

@@ -264,9 +264,12 @@ class LLM:
 
     def _dispatch(self, event: Event) -> None:
         completion = self._live.get(event.request_id)
-        delta = completion.push(event) if completion else None
-        if delta is not None and event.request_id in self._deltas:
-            self._deltas[event.request_id].append(delta)
+        if completion is None:
+            return
+        deltas = self._deltas.get(event.request_id)
+        delta = completion.push(event, shown=deltas is not None)
+        if delta is not None and deltas is not None:
+            deltas.append(delta)
 
     def _stop(self, request_id: str, sample_index: int) -> Event | None:
         """End a sample whose stop string has appeared. Its sequence may have ended by itself in the same step."""
