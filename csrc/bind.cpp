@@ -84,8 +84,8 @@ struct PyWeight {
     std::shared_ptr<Weight> weight;
 };
 
-// Packs rows of the source (row_order, or all) on the pool; the source must live until the pool has come to it.
-PyWeight pack_weight(Pool& pool, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order) {
+// Packs rows of the source (row_order, or all) on the pool, into the arena; the source must live until the pool has come to it.
+PyWeight pack_weight(Pool& pool, Arena& arena, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order) {
     const Format format = format_by_name(format_name);
     if (rows < 1 || cols < 1 || cols % block_cols(format) != 0)
         throw std::invalid_argument("a " + format_name + " weight cannot have the shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "]");
@@ -99,8 +99,8 @@ PyWeight pack_weight(Pool& pool, const std::string& format_name, int64_t rows, i
             if (row < 0 || row >= rows) throw std::invalid_argument("row_order names row " + std::to_string(row) + " of " + std::to_string(rows));
         rows = int64_t(order.size());
     }
-    auto memory = std::make_shared<Memory>(packed_bytes(format, rows, cols));
-    auto weight = std::make_shared<Weight>(Weight{packed_matrix(format, rows, cols, memory->data()), memory});
+    const Arena::Part part = arena.take(packed_bytes(format, rows, cols));
+    auto weight = std::make_shared<Weight>(Weight{packed_matrix(format, rows, cols, part.data), part.memory});
     const int64_t tiles = weight->matrix.tiles(), piece = std::max<int64_t>(1, std::min<int64_t>(256, tiles / (pool.threads() * 4)));
     nb::gil_scoped_release release;
     pool.submit([weight, data = source.data(), order = std::move(order), tiles, piece](Worker& worker) {
@@ -534,7 +534,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("rows", [](const PyWeight& w) { return w.weight->matrix.rows; })
         .def_prop_ro("cols", [](const PyWeight& w) { return w.weight->matrix.cols; })
         .def_prop_ro("nbytes", [](const PyWeight& w) { return w.weight->matrix.bytes(); });
-    m.def("pack", &pack_weight, "pool"_a, "format"_a, "rows"_a, "cols"_a, "source"_a, "row_order"_a.none());
+    nb::class_<Arena>(m, "Arena").def(nb::init<>());
+    m.def("pack", &pack_weight, "pool"_a, "arena"_a, "format"_a, "rows"_a, "cols"_a, "source"_a, "row_order"_a.none());
     nb::class_<PyKvPool>(m, "KvPool")
         .def("__init__", [](PyKvPool* self, const std::string& dtype, int layers, int pages, int page_size, int kv_heads, int head_dim) {
             if (layers < 1 || pages < 1 || kv_heads < 1 || page_size < kTile || page_size % kTile || head_dim < 2 || head_dim % 2 || head_dim > kMaxHeadDim)

@@ -257,6 +257,6 @@ def test_settings_out_of_bounds_are_refused() -> None:
     with pytest.raises(ConfigError, match="kv_dtype"):
         ops.kv_cache(1, 4, 16, 1, 8, "float8")
     with pytest.raises(ValueError, match="bytes"):
-        native._native.pack(native._native.Pool(1), "Q8_0", 16, 64, np.zeros(7, np.uint8), None)
+        native._native.pack(native._native.Pool(1), native._native.Arena(), "Q8_0", 16, 64, np.zeros(7, np.uint8), None)
     with pytest.raises(RuntimeError, match="capture"):
         ops.embed(ops.pack(tensor(np.zeros((1, 1), np.float32))), None)

@@ -235,7 +235,7 @@ class NativeOps:
             )
         self.name = f"native-{self.isa}"
         self.threads, self.per_row, self.group = threads, per_row, group
-        self._pool = _native.Pool(threads)
+        self._pool, self._arena = _native.Pool(threads), _native.Arena()
         self._sources: list[Any] = []  # packed in the background: they must live until that is done
         self._recording: _Recording | None = None
 
@@ -246,7 +246,7 @@ class NativeOps:
         rows, cols = tensor.shape
         order = None if row_order is None else np.ascontiguousarray(row_order, np.int32)
         data = tensor.data  # asked for once: it may be made anew each time
-        weight = _native.pack(self._pool, tensor.type.name, rows, cols, data, order)
+        weight = _native.pack(self._pool, self._arena, tensor.type.name, rows, cols, data, order)
         self._sources.append(data)
         return weight
 
