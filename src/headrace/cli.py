@@ -711,7 +711,7 @@ def _warn(message: Warning | str, *_: Any) -> None:
 
 def main() -> None:
     warnings.showwarning = _warn
-    # Before numpy comes: threads of its BLAS would spin for a while on the cores that load the model.
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+    # Before numpy comes: threads of its BLAS take time to start, and would spin on the cores that load the model.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     prepare_to_load()
     app()

@@ -116,6 +116,24 @@ def test_a_good_file(tmp_path: Path, version: int):
     assert file.tensors["b"].data.tobytes() == bytes(range(64, 76))
 
 
+STRINGS = st.lists(
+    st.one_of(st.text(max_size=12), st.text("\0a", max_size=24), st.integers(250, 300).map("x".__mul__)), max_size=20
+)
+
+
+@example(["a"], True)
+@example(["a", ""], True)
+@example(["a", "b\0" * 12, "c"], True)
+@example(["x" * 255, "x" * 256], True)
+@given(STRINGS, st.booleans())
+def test_arrays_of_strings(tmp_path_factory, strings: list[str], more: bool):
+    """Whatever is in them, and whatever follows."""
+    metadata = [entry("k", ARRAY, array(STRING, len(strings), b"".join(map(text, strings))))]
+    metadata += [entry("after", U64, bytes(8))] * more
+    file = opened(tmp_path_factory.getbasetemp(), build(metadata=tuple(metadata)))
+    assert file.metadata == {"k": strings} | ({"after": 0} if more else {})
+
+
 def test_what_the_package_writes(tmp_path: Path):
     writer = gguf.GGUFWriter(tmp_path / "w.gguf", "llama")
     writer.add_array("tokenizer.ggml.tokens", ["<s>", "Ġt", "é"])

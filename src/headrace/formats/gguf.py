@@ -41,6 +41,7 @@ _NUMBERS = {
     12: np.dtype("<f8"),
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_WINDOW = 32  # bytes for each string of an array, in which all are looked for at once
 
 _TENSOR_TYPE_IDS = {
     0: "F32",
@@ -233,7 +234,34 @@ class _Header:
         return values.tolist()
 
     def strings(self, count: int, key: str) -> list[str]:
-        # A vocabulary has 10^5 strings and more: no call of our own per string.
+        # A vocabulary has 10^5 strings and more: all at once where they are as they should be, or else one by one,
+        # with no call of our own per string.
+        return self.short_strings(count) or self.any_strings(count, key)
+
+    def short_strings(self, count: int) -> list[str] | None:
+        """The next `count` strings, where none is empty or holds a NUL, and few take more than a line; else None."""
+        window = self.file[self.position : min(self.limit, self.position + _WINDOW * count)]
+        if count == 0 or len(window) < 8:
+            return None
+        # A length below 256 is seven zero bytes in a row; between two such places, all words are larger.
+        words = np.ndarray(len(window) - 7, "<u8", window, strides=(1,))
+        starts = np.flatnonzero(words < 256)[:count]
+        ends = starts + 8 + window[starts]
+        if len(starts) < count or starts[0] != 0 or (starts[1:] != ends[:-1]).any() or ends[-1] > len(window):
+            return None
+        text = np.ones(ends[-1], bool)
+        for byte in range(7):  # a length's last byte is 0, and stays to part the strings
+            text[starts + byte] = False
+        try:
+            strings = str(window[: ends[-1]][text].tobytes(), "utf-8").split("\0")[1:]
+        except UnicodeDecodeError:
+            return None
+        if len(strings) != count:
+            return None
+        self.position += int(ends[-1])
+        return strings
+
+    def any_strings(self, count: int, key: str) -> list[str]:
         strings: list[str] = []
         append, unpack, buffer, limit, start = strings.append, _U64, self.bytes, self.limit, self.position
         try:

@@ -119,7 +119,7 @@ def started(
 
 @contextmanager
 def _process(command: Sequence[str], log: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    ours = ("PYTHONPATH", "OPENBLAS_THREAD_TIMEOUT")  # the latter is set by our command line
+    ours = ("PYTHONPATH", "OPENBLAS_NUM_THREADS")  # the latter is set by our command line
     environment = {key: value for key, value in os.environ.items() if key not in ours}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
