@@ -561,6 +561,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("seconds", [](const PyTicket& t) { return t.step->seconds; })
         .def_prop_ro("failed", [](const PyTicket& t) { return t.step->failed.load(); })
         .def_prop_ro("reduces", [](const PyTicket& t) { return std::make_tuple(t.step->reductions, t.step->posted_bytes, t.step->waited); })
+        .def_prop_ro("led", [](const PyTicket& t) { return t.step->led; })
         .def_prop_ro("started", [](const PyTicket& t) { return t.step->started; })
         .def_prop_ro("ended", [](const PyTicket& t) { return t.step->ended; });
     nb::class_<PyProgram>(m, "Program")

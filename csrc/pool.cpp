@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <climits>
+#include <ctime>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -34,17 +35,40 @@ constexpr auto kIdle = std::chrono::microseconds(200);
 constexpr auto kNews = std::chrono::milliseconds(3);
 constexpr auto kTurns = std::chrono::microseconds(200), kLongTurn = 10 * kTurns, kTurnsAfterLong = 100 * kTurns;
 
-void futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
+// How long the first thread stays away, at most.
+constexpr auto kAway = std::chrono::milliseconds(2);
+
+void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const timespec* timeout = nullptr) {
     static_assert(sizeof word == sizeof value);
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, nullptr, nullptr, 0);
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
 }
 
 }  // namespace
 
-int Worker::count() const { return apart_ ? 1 : pool_.threads(); }
+template <class F>
+void Pool::Gate::pass(int threads, F last) {
+    const uint32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+        arrived_.store(0, std::memory_order_relaxed);
+        last();
+        // In one order with what a sleeper does: either it sees the phase, or it is seen.
+        phase_.store(phase + 1, std::memory_order_seq_cst);
+        if (sleepers_.load(std::memory_order_seq_cst)) futex(phase_, FUTEX_WAKE_PRIVATE, INT_MAX);
+        return;
+    }
+    for (int spins = 0; spins < kSpins; ++spins) {
+        if (phase_.load(std::memory_order_acquire) != phase) return;
+        pause_cpu();
+    }
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    while (phase_.load(std::memory_order_seq_cst) == phase) futex(phase_, FUTEX_WAIT_PRIVATE, phase);
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+int Worker::count() const { return team_ == Team::all ? pool_.threads() : team_ == Team::alone ? 1 : pool_.threads() - 1; }
 
 int Worker::claim() {
-    if (apart_) return first_++;
+    if (apart()) return first_++;
     if (first_ >= 0) {
         int piece = first_;
         first_ = -1;
@@ -54,11 +78,38 @@ int Worker::claim() {
 }
 
 void Worker::barrier() {
-    if (apart_)
-        first_ = 0;
-    else
+    first_ = index - first_of_team();
+    if (team_ == Team::all) {
         meet();
+    } else if (team_ == Team::others) {
+        pool_.others_.pass(count(), [&] {
+            pool_.next_piece_.store(count(), std::memory_order_relaxed);
+            pool_.is_back_ = pool_.away_.load(std::memory_order_relaxed) == 0;
+        });
+    }
     if (carried_) give_way();
+}
+
+void Worker::meet() {
+    first_ = index - first_of_team();
+    pool_.all_.pass(pool_.threads(), [&] { pool_.next_piece_.store(pool_.threads(), std::memory_order_relaxed); });
+}
+
+bool Worker::first_is_away() const { return pool_.begins_away_; }
+
+bool Worker::first_is_back() const { return pool_.is_back_; }
+
+void Worker::call_first() { pool_.call_first(); }
+
+void Worker::stay_away() {
+    const auto until = std::chrono::steady_clock::now() + kAway;
+    while (pool_.away_.load(std::memory_order_acquire)) {
+        const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(until - std::chrono::steady_clock::now()).count();
+        if (left <= 0) break;
+        const timespec timeout{0, long(left)};
+        futex(pool_.away_, FUTEX_WAIT_PRIVATE, 1, &timeout);
+    }
+    pool_.away_.store(0, std::memory_order_relaxed);
 }
 
 void Worker::note_done() {
@@ -75,28 +126,14 @@ void Worker::give_way() {
     carried_ = start < carried_until_;
 }
 
-void Worker::meet() {
-    first_ = apart_ ? 0 : index;
-    const int count = pool_.threads();
-    const uint32_t phase = pool_.phase_.load(std::memory_order_relaxed);
-    if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-        pool_.arrived_.store(0, std::memory_order_relaxed);
-        pool_.next_piece_.store(count, std::memory_order_relaxed);
-        // In one order with what a sleeper does: either it sees the phase, or it is seen.
-        pool_.phase_.store(phase + 1, std::memory_order_seq_cst);
-        if (pool_.sleepers_.load(std::memory_order_seq_cst)) futex(pool_.phase_, FUTEX_WAKE_PRIVATE, INT_MAX);
-        return;
-    }
-    for (int spins = 0; spins < kSpins; ++spins) {
-        if (pool_.phase_.load(std::memory_order_acquire) != phase) return;
-        pause_cpu();
-    }
-    pool_.sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    while (pool_.phase_.load(std::memory_order_seq_cst) == phase) futex(pool_.phase_, FUTEX_WAIT_PRIVATE, phase);
-    pool_.sleepers_.fetch_sub(1, std::memory_order_relaxed);
+namespace {
+int cores() {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
 }
+}  // namespace
 
-Pool::Pool(int threads) : next_piece_(threads) {
+Pool::Pool(int threads) : next_piece_(threads), crowded_(threads > 1 && threads >= cores()) {
     threads_.reserve(size_t(threads));
     // Workers ask for the number of threads, so none may run before all are there: the first job's ticket holds them.
     for (int index = 0; index < threads; ++index) threads_.emplace_back([this, index] { work(index); });
@@ -117,9 +154,22 @@ uint32_t Pool::submit(Job job) {
     const uint32_t ticket = published_.load(std::memory_order_relaxed) + 1;
     if (ticket > kQueue) wait(ticket - kQueue);
     jobs_[ticket % kQueue] = std::move(job);
-    published_.store(ticket, std::memory_order_release);
+    published_.store(ticket, std::memory_order_seq_cst);
     published_.notify_all();
+    call_first();
     return ticket;
+}
+
+// After the job of this ticket the host has its hands full, if the next one is there already: with what this one gave, and then with one more.
+void Pool::send_away(uint32_t ticket) {
+    begins_away_ = crowded_ && published_.load(std::memory_order_relaxed) == ticket + 1;
+    if (!begins_away_) return;
+    away_.store(1, std::memory_order_seq_cst);
+    if (published_.load(std::memory_order_seq_cst) != ticket + 1) away_.store(0, std::memory_order_relaxed);
+}
+
+void Pool::call_first() {
+    if (away_.load(std::memory_order_seq_cst) && away_.exchange(0, std::memory_order_acq_rel)) futex(away_, FUTEX_WAKE_PRIVATE, 1);
 }
 
 void Pool::wait(uint32_t ticket) const {
@@ -151,6 +201,7 @@ void Pool::work(int index) {
         if (stopping_.load(std::memory_order_relaxed) && ticket == published_.load(std::memory_order_acquire)) return;
         Job& job = jobs_[ticket % kQueue];
         job(worker);
+        if (index == 0) send_away(ticket);
         worker.meet();
         worker.note_done();
         if (index == 0) {

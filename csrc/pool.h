@@ -20,8 +20,12 @@ struct Range {
     int count() const { return past - first; }
 };
 
-// A thread's part in a job. A job is a series of phases; in a phase the threads share out pieces, and a barrier ends it. For a while the
-// threads may also work apart: each is then a team of its own, takes all pieces and waits for nobody.
+// Who shares out pieces with whom: all threads; nobody, each thread taking all pieces itself; or all but the first, which is away.
+enum class Team : uint8_t { all, alone, others };
+
+// A thread's part in a job. A job is a series of phases; in a phase a team shares out pieces, and a barrier ends it. For a while the threads
+// may also work apart, waiting for nobody. Or, where no core is left for the host, the first stays away at the job's start, until the host has
+// made use of what the job before gave: it would take a core anyway, from a thread for which the others then wait.
 class Worker {
   public:
     Worker(Pool& pool, int index) : index(index), pool_(pool), first_(index) {}
@@ -31,12 +35,13 @@ class Worker {
     Range logits;  // all logit rows: on them the threads work together
     int half = 0;  // of the step's rows, where they are worked on in halves
 
-    bool apart() const { return apart_; }
-    // Every thread must do so at the same place, after a meeting.
-    void set_apart(bool apart) { apart_ = apart, first_ = apart ? 0 : index; }
+    bool apart() const { return team_ == Team::alone; }
+    Team team() const { return team_; }
+    // Every thread must do so at the same place, after a meeting. The others begin with a barrier.
+    void join(Team team) { team_ = team, first_ = index - first_of_team(); }
     // Threads in its team, and the first of them.
     int count() const;
-    int first_of_team() const { return apart_ ? index : 0; }
+    int first_of_team() const { return team_ == Team::all ? 0 : team_ == Team::alone ? index : 1; }
 
     // The next piece of this phase that nobody in the team has taken, or a number >= pieces. Ends at the barrier.
     int claim();
@@ -45,6 +50,14 @@ class Worker {
     // The same for every thread of the pool.
     void meet();
 
+    // Whether the first thread begins this job away; the same for all.
+    bool first_is_away() const;
+    // The first thread: returns when the host has given another job, or somebody calls, or it has been away for long.
+    void stay_away();
+    // The others: whether the first was back when the last of them came to the barrier.
+    bool first_is_back() const;
+    void call_first();
+
   private:
     friend class Pool;
     // A job was done, of which other threads now carry the news on.
@@ -52,9 +65,9 @@ class Worker {
     void give_way();
 
     Pool& pool_;
-    // Together, the first piece of a phase is the thread's own index, so that it costs no atomic; -1 once taken. Apart, the next piece.
+    // The first piece of a phase is the thread's own number in its team, so that it costs no atomic; -1 once taken. Apart, the next piece.
     int first_;
-    bool apart_ = false;
+    Team team_ = Team::all;
     // While the news of the job before is on its way: until when, and when to leave the core to it next.
     bool carried_ = false;
     std::chrono::steady_clock::time_point carried_until_, next_turn_;
@@ -83,19 +96,36 @@ class Pool {
     friend class Worker;
     static constexpr uint32_t kQueue = 64;
 
+    // A place where a number of threads wait for each other.
+    class Gate {
+      public:
+        // The last to come calls `last`.
+        template <class F>
+        void pass(int threads, F last);
+
+      private:
+        alignas(64) std::atomic<int> arrived_{0};
+        alignas(64) std::atomic<uint32_t> phase_{0};
+        std::atomic<int> sleepers_{0};  // that wait without spinning
+    };
+
     void work(int index);
     void wait_for_job(uint32_t ticket);
+    void send_away(uint32_t ticket);
+    void call_first();
 
     std::mutex submitting_;
     std::array<Job, kQueue> jobs_;                   // job of ticket t at t % kQueue
     alignas(64) std::atomic<uint32_t> published_{0};  // tickets count from 1
     alignas(64) std::atomic<uint32_t> completed_{0};
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<uint32_t> phase_{0};
+    Gate all_, others_;
     alignas(64) std::atomic<int> next_piece_{0};
+    alignas(64) std::atomic<uint32_t> away_{0};  // 1: the first thread is, or will be in the next job
+    bool begins_away_ = false;                   // of the job that runs; written before it, by the first thread
+    bool is_back_ = false;                       // written by the last of the others at their gate
+    const bool crowded_;                         // no core is left for the host
     std::atomic<bool> stopping_{false};
     std::atomic<int> bell_{-1};
-    std::atomic<int> sleepers_{0};  // threads that wait for a phase without spinning
     std::vector<std::thread> threads_;
 };
 

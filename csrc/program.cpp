@@ -146,9 +146,8 @@ void Program::use_kv(int group, const KvPool& pool) {
 
 void Program::finish(SlotId hidden, SlotId output) {
     hidden_ = hidden, output_ = output;
-    double of_a_row = 0;
-    for (const auto& instruction : instructions_) of_a_row += instruction->row_cost();
-    if (of_a_row > kLargeProduct * double(instructions_.size())) share_rows_ = kShareRowsOfLarge;
+    for (const auto& instruction : instructions_) row_cost_ += instruction->row_cost() / double(instructions_.size());
+    if (row_cost_ > kLargeProduct) share_rows_ = kShareRowsOfLarge;
     int widest = 0, most_blocks = 1;
     for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
     if (!own_keys_.empty()) {
@@ -254,8 +253,10 @@ void Program::submit(const std::shared_ptr<Program>& program, const std::shared_
 void Program::run(Step& step, Worker& worker) {
     if (worker.index == 0) step.started = now();
     const bool apart = !step.shares.empty();
-    for (int half = 0; half < int(step.halves.size()); ++half) {
-        enter(step, worker, apart, half);
+    const bool led = leads(step, worker);
+    size_t first = led ? lead(step, worker, apart) : 0;
+    for (int half = 0; !led && half < int(step.halves.size()); ++half) {
+        enter(step, worker, apart ? Team::alone : Team::all, half);
         begin(step, worker);
     }
     const bool timed = worker.index == 0 && !step.seconds.empty();
@@ -267,13 +268,13 @@ void Program::run(Step& step, Worker& worker) {
         step.seconds[before] += time - last;
         last = time, before = next;
     };
-    for (size_t first = 0, past; first < instructions_.size(); first = past) {
+    bool met = led;
+    for (size_t past; first < instructions_.size(); first = past, met = false) {
         const bool of_rows = instructions_[first]->space(*this) == RowSpace::all, next_apart = of_rows && apart;
-        const bool met = next_apart != worker.apart();
-        if (met) worker.meet();
+        if (next_apart != worker.apart()) worker.meet(), met = true;
         past = past_segment(step, first);
         for (int half = 0; half < (of_rows ? int(step.halves.size()) : 1); ++half) {
-            if (met || step.halves.size() > 1) enter(step, worker, next_apart, half);
+            if (met || step.halves.size() > 1) enter(step, worker, next_apart ? Team::alone : Team::all, half);
             for (size_t i = first; i < past; ++i) {
                 const bool begins = half == 0 && i == first;
                 if (!(begins && (met || (i == 0 && instructions_[i]->starts_alone())))) worker.barrier();
@@ -285,10 +286,41 @@ void Program::run(Step& step, Worker& worker) {
     lap(0);
     if (worker.apart()) {
         worker.meet();
-        enter(step, worker, false, 0);
+        enter(step, worker, Team::all, 0);
     }
     end(step, worker);
     if (worker.index == 0) step.ended = now();
+}
+
+bool Program::leads(const Step& step, const Worker& worker) const {
+    return worker.first_is_away() && parts_ && !group_ && step.seconds.empty() && row_cost_ * step.rows() < kLedCost;
+}
+
+// All threads but the first do the first instructions, until it comes back or the logits, for which all are needed. Returns how many.
+size_t Program::lead(Step& step, Worker& worker, bool apart) {
+    auto go_on = [&] {
+        enter(step, worker, apart ? Team::alone : Team::all, 0);
+        if (apart || worker.index == 0)
+            for (AttentionPlan& plan : plans_) plan.build(step, worker, max_partials_, plan.parts[part_of(worker)]);
+    };
+    if (worker.index == 0) {
+        go_on();
+        worker.stay_away();
+    } else {
+        enter(step, worker, Team::others, 0);
+        begin(step, worker);
+        size_t done = 0;
+        for (worker.barrier(); !worker.first_is_back() && done < instructions_.size(); worker.barrier()) {
+            const Instruction& next = *instructions_[done];
+            if (next.space(*this) != RowSpace::all) break;
+            next.run(*this, step, worker);
+            ++done;
+        }
+        if (worker.index == 1) step.led = int(done), worker.call_first();
+    }
+    worker.meet();
+    if (worker.index != 0) go_on();
+    return size_t(step.led);
 }
 
 // Instructions that one half of the rows goes through before the other does: up to the next that waits for other ranks.
@@ -301,11 +333,11 @@ size_t Program::past_segment(const Step& step, size_t first) const {
     return past;
 }
 
-void Program::enter(const Step& step, Worker& worker, bool apart, int half) const {
-    worker.set_apart(apart);
+void Program::enter(const Step& step, Worker& worker, Team team, int half) const {
+    worker.join(team);
     worker.half = half;
     worker.rows = step.halves[size_t(half)], worker.logits = {0, step.logits()};
-    if (!apart) return;
+    if (team != Team::alone) return;
     const int* shares = step.shares.data() + size_t(half) * size_t(pool.threads() + 1);
     worker.rows = {shares[worker.index], shares[worker.index + 1]};
 }

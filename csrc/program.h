@@ -58,6 +58,8 @@ constexpr int kPrivateRows = 2;
 // computes stays in its own caches, and it waits for nobody. Large products last so much longer than a wait that only many rows make up for it.
 constexpr int kShareRows = 16, kShareRowsOfLarge = 128;
 constexpr double kLargeProduct = 4e6;  // operations for a row, as an instruction's average
+// An instruction's average operations in steps that may begin without the first thread: the others wait for the end of one for it to come.
+constexpr double kLedCost = 1.3e8;
 // Of a program with a group: rows of each half, at least. The same for all ranks, however many threads they have.
 constexpr int kHalfRows = 32;
 // Time of an operation of attention, in operations of products.
@@ -86,6 +88,7 @@ struct Step {
     std::vector<double> seconds;      // of each instruction on the first thread, its barrier included; empty: not measured
     std::vector<Range> halves;        // of the rows: two, or one of all
     std::vector<int> shares;          // [halves][threads + 1]: where each thread's rows begin, if they work apart; empty: they work together
+    int led = 0;                      // instructions that all threads but the first did
     bool cuts_chunks = false;         // a chunk's rows lie in two threads' shares
     double started = 0, ended = 0;    // seconds, steady clock
     // Of a rank's step: reductions, bytes that it gave to the other ranks, seconds that its first thread waited for theirs.
@@ -265,7 +268,9 @@ class Program {
   private:
     void check(const Step& step) const;
     void share_out(Step& step) const;
-    void enter(const Step& step, Worker& worker, bool apart, int half) const;
+    void enter(const Step& step, Worker& worker, Team team, int half) const;
+    bool leads(const Step& step, const Worker& worker) const;
+    size_t lead(Step& step, Worker& worker, bool apart);
     void add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const;
     size_t past_segment(const Step& step, size_t first) const;
     void run(Step& step, Worker& worker);
@@ -281,6 +286,7 @@ class Program {
     std::vector<std::unique_ptr<Instruction>> instructions_;
     bool parts_ = true;  // all instructions do
     int share_rows_ = kShareRows;
+    double row_cost_ = 0;  // an instruction's, on average
     std::shared_ptr<Group> group_;
     std::atomic<int> posting_[2 * GroupLayout::buffers] = {};  // of event n at n % their number: threads that work apart and have called post
     int reductions_ = 0, first_buffer_ = 0;  // of the step's first reduction

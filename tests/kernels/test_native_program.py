@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,6 +164,28 @@ def test_logits_do_not_depend_on_the_batch(model: Model, threads: int, dtype: st
     assert other.logits([(4, 0, TOKENS)]).tobytes() == whole.tobytes()  # with 16 rows a thread, each takes its own
     mixed = other.logits([(5, 0, TOKENS[:1]), (6, 0, TOKENS[:25]), (7, 0, TOKENS[:30])])
     assert mixed[26:].tobytes() == whole[:30].tobytes() and mixed[1:26].tobytes() == whole[:25].tobytes()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_a_step_that_begins_without_the_first_thread(threads: int, rows: int) -> None:
+    """A step behind another, with no core left for the host: its logits have the same bytes, and are all there."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    try:
+        model = build(ISAS[0], threads)
+    finally:
+        os.sched_setaffinity(0, cores)
+    chunk, before = [(0, 60 - rows, TOKENS[60 - rows :])], [(0, 0, TOKENS), (1, 0, TOKENS)]
+    model.logits(before)
+    alone = model.logits(chunk)
+    led = 0
+    for _ in range(200):
+        model.step(before)
+        behind = model.step(chunk)
+        assert behind.result()[1].tobytes() == alone.tobytes()
+        led += behind.led > 0
+    assert led > 0
 
 
 def test_queued_steps_with_late_tokens(model: Model) -> None:

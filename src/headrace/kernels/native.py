@@ -151,6 +151,12 @@ class Ticket:
         return self._ticket.started, self._ticket.ended
 
     @property
+    def led(self) -> int:
+        """Instructions that all threads but the first did, which left its core to the host. To be read after
+        `result`."""
+        return self._ticket.led
+
+    @property
     def reduces(self) -> tuple[int, int, float]:
         """Of a rank's step: reductions, bytes given to the other ranks (tokens and logits included), and seconds of
         waiting for theirs. To be read after `result`."""
