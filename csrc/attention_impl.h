@@ -366,8 +366,8 @@ inline void each_unseen(Seen seen, int first, int past, F f) {
     for (int t = std::max(first, (seen.past + kTile - 1) / kTile); t < past; ++t) f(t);
 }
 
-// Finishes the scores of one query, in place: arguments of 2^x, -inf where it does not look. Gives the greatest. `distance`: from the query to
-// the block's start.
+// Finishes the scores of one query in the tiles that it sees, in place: arguments of 2^x, -inf where it does not look. Gives the greatest.
+// `distance`: from the query to the block's start.
 template <class S>
 inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, const Tiles& tiles) {
     const Floats none = all(-INFINITY);

@@ -36,7 +36,6 @@ class Worker {
     int half = 0;  // of the step's rows, where they are worked on in halves
 
     bool apart() const { return team_ == Team::alone; }
-    Team team() const { return team_; }
     // Every thread must do so at the same place, after a meeting. The others begin with a barrier.
     void join(Team team) { team_ = team, first_ = index - first_of_team(); }
     // Threads in its team, and the first of them.
