@@ -52,6 +52,7 @@ def prepare_to_load() -> None:
 def settle() -> None:
     """What is here now stays: tell the garbage collector, whose looks at all of it would hold up answers."""
     gc.freeze()
+    gc.collect()  # of little: the next whole look comes when a quarter of what this one leaves has come together
     gc.set_threshold(*_GC_THRESHOLD)
 
 
