@@ -44,6 +44,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_done()
+        self._unset_keepalive_if_required()  # which uvicorn leaves after a reset: it would hold all of this
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
