@@ -11,6 +11,8 @@
 
 namespace headrace {
 
+inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 class Memory {
   public:
     explicit Memory(size_t bytes) : bytes_(bytes ? bytes : 1) {
@@ -44,7 +46,7 @@ class Arena {
     };
 
     Part take(size_t bytes) {
-        const size_t size = (bytes + 63) / 64 * 64;
+        const size_t size = aligned(bytes);
         std::lock_guard lock(taking_);
         if (!memory_ || size > memory_->bytes() - used_) memory_ = std::make_shared<Memory>(size > kBytes ? size : kBytes), used_ = 0;
         used_ += size;

@@ -43,6 +43,11 @@ void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const tim
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
 }
 
+int cores() {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
+}
+
 }  // namespace
 
 template <class F>
@@ -125,13 +130,6 @@ void Worker::give_way() {
     next_turn_ = end + (end - start < kLongTurn ? kTurns : kTurnsAfterLong);
     carried_ = start < carried_until_;
 }
-
-namespace {
-int cores() {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
-}
-}  // namespace
 
 Pool::Pool(int threads) : next_piece_(threads), crowded_(threads > 1 && threads >= cores()) {
     threads_.reserve(size_t(threads));

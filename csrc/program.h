@@ -50,8 +50,6 @@ struct KvPool {
     uint8_t* page(int index) const { return memory.data() + size_t(index) * layout.page_stride; }
 };
 
-inline size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
 constexpr int kPrivateRows = 2;
 // With so many rows for each thread, every thread takes its own through all layers: each then reads and unpacks all weights, but what it
