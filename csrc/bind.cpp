@@ -529,6 +529,7 @@ NB_MODULE(_native, m) {
         }, "threads"_a)
         .def_prop_ro("threads", &Pool::threads)
         .def("ring", &Pool::ring, "eventfd"_a)
+        .def("rest", &Pool::rest)
         .def("wait", [](Pool& pool) { pool.run([](Worker&) {}); }, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<PyWeight>(m, "Weight")
         .def_prop_ro("rows", [](const PyWeight& w) { return w.weight->matrix.rows; })

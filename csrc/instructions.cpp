@@ -28,25 +28,30 @@ struct Cut {
     int own, piece;
 
     Cut(int tiles, int threads)
-        : own(threads == 1 ? tiles : tiles * 3 / 4 / threads / 2 * 2), piece(std::max(2, (tiles - own * threads) / (threads * 3) / 2 * 2)) {}
+        : own(threads == 1 ? tiles : tiles * 3 / 4 / threads / 2 * 2), piece(std::max(2, (tiles - own * threads) / (threads * kPiecesAThread) / 2 * 2)) {}
 };
 
-// Calls f(block, first, past) for the tiles of every block of rows, at most `most` tiles at once. A thread begins with a stretch of its own:
-// claims cost, and memory likes long reads. The team claims the rest, so that a thread that lost its core for a while holds up little.
+int own_tile(const Cut& cut, const Worker& worker) { return (worker.index - worker.first_of_team()) * cut.own; }
+
+// Calls f(block, first, past, next) for the tiles of every block of rows, at most `most` tiles at once; the thread goes on with tile `next`, or is
+// done where that is -1. A thread begins with a stretch of its own: claims cost, and memory likes long reads. The team claims the rest, so that
+// a thread that lost its core for a while holds up little.
 template <class F>
 void each_stretch(int blocks, int tiles, int most, Worker& worker, F f) {
     const int all = blocks * tiles;
     const Cut cut(all, worker.count());
-    auto stretch = [&](int from, int past) {
+    const int rest = worker.count() * cut.own;
+    int from = own_tile(cut, worker), past = from + cut.own;
+    do {
+        const int then = std::min(all, rest + worker.claim() * cut.piece);
         for (int count; from < past; from += count) {
             const int first = from % tiles;
             count = std::min({tiles - first, most, past - from});
-            f(from / tiles, first, first + count);
+            const int next = from + count < past ? from + count : then;
+            f(from / tiles, first, first + count, next < all ? next % tiles : -1);
         }
-    };
-    const int own = (worker.index - worker.first_of_team()) * cut.own, rest = worker.count() * cut.own;
-    stretch(own, own + cut.own);
-    for (int i; rest + (i = worker.claim()) * cut.piece < all;) stretch(rest + i * cut.piece, std::min(all, rest + (i + 1) * cut.piece));
+        from = then, past = std::min(all, then + cut.piece);
+    } while (from < all);
 }
 
 // Calls f for every row of `rows`, in pieces that the threads claim.
@@ -115,12 +120,14 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
 void Linear::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
-    each_stretch(ceil_div(rows.count(), kRowBlock), tiles(), kLinearTiles, worker, [&](int block, int first, int past) {
+    each_stretch(ceil_div(rows.count(), kRowBlock), tiles(), kLinearTiles, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * kRowBlock;
+        const uint8_t* after = next >= 0 ? tile(next) : weights_after(worker);
         for (const Weighted& part : parts) {  // their tiles follow each other
             const int count = int(part.weight->matrix.tiles());
             const Slot& out = program.slot(part.out);
-            const Product product{&part.weight->matrix, &activations[size_t(part.recipe)], out.data, out.width, part.bias, part.accumulate};
+            const Product product{&part.weight->matrix, &activations[size_t(part.recipe)], out.data, out.width, part.bias, part.accumulate,
+                                  past > count ? (&part + 1)->weight->tile(0) : after};
             if (first < count && past > 0) program.matrix.multiply(product, row, std::min(rows.past, row + kRowBlock), std::max(first, 0), std::min(past, count));
             first -= count, past -= count;
         }
@@ -132,6 +139,17 @@ int Linear::tiles() const {
     for (const Weighted& part : parts) count += int(part.weight->matrix.tiles());
     return count;
 }
+
+const uint8_t* Linear::tile(int index) const {
+    for (const Weighted& part : parts) {
+        const int count = int(part.weight->matrix.tiles());
+        if (index < count) return part.weight->tile(index);
+        index -= count;
+    }
+    return nullptr;
+}
+
+const uint8_t* Linear::reads_first(const Worker& worker) const { return tile(own_tile(Cut(tiles(), worker.count()), worker)); }
 
 double Linear::row_cost() const {
     double cost = 0;
@@ -147,18 +165,22 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
     const Slot& to = program.slot(out);
     const int64_t ld = kGatedTiles * tile_rows;
     float *gates = program.scratch(worker).tile, *ups = gates + kTileRows * ld;
-    each_stretch(ceil_div(rows.count(), kTileRows), int(gate.weight->matrix.tiles()), kGatedTiles, worker, [&](int block, int first, int past) {
+    each_stretch(ceil_div(rows.count(), kTileRows), int(gate.weight->matrix.tiles()), kGatedTiles, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
         const int column = first * int(tile_rows), columns = std::min(to.width, past * int(tile_rows)) - column;
-        auto multiply = [&](const Weighted& weighted, float* y) {
-            const Product product{&weighted.weight->matrix, &activations[size_t(weighted.recipe)], y - row * ld - column, ld, weighted.bias, false};
+        auto multiply = [&](const Weighted& weighted, float* y, const uint8_t* after) {
+            const Product product{&weighted.weight->matrix, &activations[size_t(weighted.recipe)], y - row * ld - column, ld, weighted.bias, false, after};
             program.matrix.multiply(product, row, past_row, first, past);
         };
-        multiply(gate, gates);
-        multiply(up, ups);
+        multiply(gate, gates, up.weight->tile(first));
+        multiply(up, ups, next >= 0 ? gate.weight->tile(next) : weights_after(worker));
         for (int r = row; r < past_row; ++r)
             program.rows_of.glu(activation, gates + (r - row) * ld, ups + (r - row) * ld, columns, to.row(r) + column);
     });
+}
+
+const uint8_t* Gated::reads_first(const Worker& worker) const {
+    return gate.weight->tile(own_tile(Cut(int(gate.weight->matrix.tiles()), worker.count()), worker));
 }
 
 size_t Head::tile_floats() { return size_t(kTileRows) * kHeadTiles * tile_rows; }
@@ -185,17 +207,22 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     }
 }
 
+const uint8_t* Head::reads_first(const Worker& worker) const {
+    return weight.weight->tile(own_tile(Cut(int(weight.weight->matrix.tiles()), worker.count()), worker));
+}
+
 // The rank's columns of the logits, into `kept` [rows][ld] unless that is null, and the best of them.
 void Head::multiply(Program& program, const Step&, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const {
     const Range rows = input.rows(program, worker);
     Scratch& scratch = program.scratch(worker);
     const int width = int(weight.weight->matrix.rows), first_column = columns.empty() ? 0 : columns[size_t(program.group()->rank)];
     if (!kept) ld = kHeadTiles * tile_rows;
-    each_stretch(ceil_div(rows.count(), kTileRows), int(weight.weight->matrix.tiles()), kHeadTiles, worker, [&](int block, int first, int past) {
+    each_stretch(ceil_div(rows.count(), kTileRows), int(weight.weight->matrix.tiles()), kHeadTiles, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
         const int column = first * int(tile_rows), count = std::min(width, past * int(tile_rows)) - column;
         float* y = kept ? kept : scratch.tile - row * ld - column;
-        program.matrix.multiply({&weight.weight->matrix, &activations[0], y, ld, weight.bias, false}, row, past_row, first, past);
+        const Product product{&weight.weight->matrix, &activations[0], y, ld, weight.bias, false, next >= 0 ? weight.weight->tile(next) : weights_after(worker)};
+        program.matrix.multiply(product, row, past_row, first, past);
         for (int r = row; r < past_row; ++r) {
             float* values = y + r * ld + column;
             if (factor != 1 || cap > 0) program.rows_of.cap(values, factor, cap, count, values);
@@ -413,7 +440,7 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
     const int count = int(units.units.size());
     if (count == 0) return;
-    each_stretch(1, count, count, worker, [&](int, int first, int past) {
+    each_stretch(1, count, count, worker, [&](int, int first, int past, int) {
         for (int unit = first; unit < past; ++unit) attend(program, step, worker, units, unit, unit + 1 < past);
     });
 }

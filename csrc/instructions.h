@@ -60,11 +60,13 @@ struct Linear : Instruction {
     std::vector<Weighted> parts;
 
     void run(Program& program, Step& step, Worker& worker) const override;
+    const uint8_t* reads_first(const Worker& worker) const override;
     RowSpace space(const Program& program) const override { return input.space(program); }
     double row_cost() const override;
 
   private:
     int tiles() const;
+    const uint8_t* tile(int index) const;  // of all parts'
 };
 
 // out = activation(x G^T) * (x U^T)
@@ -76,6 +78,7 @@ struct Gated : Instruction {
 
     static size_t tile_floats();  // of Scratch::tile
     void run(Program& program, Step& step, Worker& worker) const override;
+    const uint8_t* reads_first(const Worker& worker) const override;
     RowSpace space(const Program& program) const override { return input.space(program); }
     double row_cost() const override { return gate.row_cost() + up.row_cost(); }
 };
@@ -90,6 +93,7 @@ struct Head : Instruction {
 
     static size_t tile_floats();
     void run(Program& program, Step& step, Worker& worker) const override;
+    const uint8_t* reads_first(const Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::logits; }
 
   private:

@@ -126,8 +126,9 @@ struct Product {
     const Activation* x;
     float* y;                     // [rows][ldy]; only columns [0, weight->rows) are written
     int64_t ldy;
-    const float* bias = nullptr;  // [weight->rows]
-    bool accumulate = false;      // add to what y holds
+    const float* bias = nullptr;    // [weight->rows]
+    bool accumulate = false;        // add to what y holds
+    const uint8_t* next = nullptr;  // packed tiles that the thread reads after these; null: those that follow in memory
 };
 
 struct Kernels {

@@ -189,17 +189,42 @@ inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats
 
 // ---- few rows
 
+// Asks for packed weights about `fetch_ahead` bytes before they are needed, superblock by superblock: a tile's, then those of the tile that is next.
+template <Format format>
+struct Stream {
+    static constexpr Layout layout = layout_of(format);
+    static constexpr int step = layout.group_bytes() + layout.scale_bytes();
+    const uint8_t *at, *next;
+    int64_t left;  // superblocks of the tile
+
+    Stream(const uint8_t* tile, const uint8_t* next_tile, int64_t groups) : next(next_tile + tile_head_bytes) {
+        const int64_t supers = (groups + layout.groups - 1) / layout.groups, ahead = std::min<int64_t>(supers, std::max(1, fetch_ahead / layout.super_bytes()));
+        at = tile + tile_head_bytes + (ahead - 1) * layout.super_bytes(), left = supers - ahead;
+    }
+    void begin_super() { at = left-- == 0 ? next : at + layout.super_bytes(); }
+    void fetch(int group) const {
+        for (int i = 0; i < step; i += 64) prefetch(at + group * step + i);
+    }
+};
+
+// The tile that a thread reads after `tile` of [.., tile1).
+inline const uint8_t* tile_after(const Product& p, int64_t tile, int64_t tile1) {
+    return tile + 1 == tile1 && p.next ? p.next : p.weight->data + size_t(tile + 1) * p.weight->tile_bytes;
+}
+
 template <Format format, bool shifted, int R>
-__attribute__((noinline)) void direct_tile(const uint8_t* tile, int64_t groups, const uint8_t* x, int64_t stride, const Output& out) {
+__attribute__((noinline)) void direct_tile(const uint8_t* tile, const uint8_t* next, int64_t groups, const uint8_t* x, int64_t stride, const Output& out) {
     constexpr Layout layout = layout_of(format);
     constexpr bool wide = wide_codes<format>;
     Floats acc[R];
     for (int r = 0; r < R; r++) acc[r] = zero();
     const uint8_t* super = tile + tile_head_bytes;
+    Stream<format> stream(tile, next, groups);
     for (int64_t first = 0; first < groups; first += layout.groups, super += layout.super_bytes()) {
         const int count = int(std::min<int64_t>(layout.groups, groups - first));
+        stream.begin_super();
         for (int g = 0; g < count; g++, x += sizeof(GroupBlock)) {
-            for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + g * (layout.group_bytes() + layout.scale_bytes()) + i + fetch_ahead);
+            stream.fetch(g);
             Codes w[8];
             Floats d[2], m[2];
             unpack_codes<format>(super + g * layout.group_bytes(), w);
@@ -233,7 +258,7 @@ void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0
     for (int64_t tile = tile0; tile < tile1; tile++)
         even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
             with_rows<direct_rows>(int(count), [&]<int R>() {
-                direct_tile<format, shifted, R>(w.data + size_t(tile) * w.tile_bytes, w.cols / 32, p.x->row(row0 + first), p.x->row_bytes,
+                direct_tile<format, shifted, R>(w.data + size_t(tile) * w.tile_bytes, tile_after(p, tile, tile1), w.cols / 32, p.x->row(row0 + first), p.x->row_bytes,
                                        Output(p, row0 + first, tile));
             });
         });
@@ -469,16 +494,18 @@ inline Ints row_start(const RowHead& head) { return all_ints(wide_dot_is_signed 
 inline Floats row_value(Ints sum, const uint8_t* tile, const RowHead& head) { return to_floats(sum) * (load((const float*)tile) * all(head.scale)); }
 
 template <Format format, int R>
-__attribute__((noinline)) void direct_tile_by_row(const uint8_t* tile, int64_t groups, const Activation& input, int64_t row, const Output& out) {
+__attribute__((noinline)) void direct_tile_by_row(const uint8_t* tile, const uint8_t* next, int64_t groups, const Activation& input, int64_t row, const Output& out) {
     constexpr Layout layout = layout_of(format);
     const Floats inverse = inverse_steps(tile);
     Ints sum[R];
     for (int r = 0; r < R; r++) sum[r] = row_start(head_of(input, row + r));
     const uint8_t* x = input.row(row) + sizeof(RowHead);
+    Stream<format> stream(tile, next, groups);
     for (int64_t g = 0; g < groups; g++, x += 32) {
         const uint8_t* super = super_at<format>(tile, g);
         const int in_super = int(g % layout.groups);
-        for (int i = 0; i < layout.group_bytes() + layout.scale_bytes(); i += 64) prefetch(super + in_super * (layout.group_bytes() + layout.scale_bytes()) + i + fetch_ahead);
+        if (in_super == 0) stream.begin_super();
+        stream.fetch(in_super);
         Codes w[8];
         unpack_row_codes<format>(super, in_super, inverse, w);
 #pragma GCC unroll 8
@@ -495,7 +522,7 @@ void multiply_direct_by_row(const Product& p, int64_t row0, int64_t row1, int64_
     for (int64_t tile = tile0; tile < tile1; tile++)
         even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
             with_rows<direct_rows>(int(count), [&]<int R>() {
-                direct_tile_by_row<format, R>(w.data + size_t(tile) * w.tile_bytes, w.cols / 32, *p.x, row0 + first, Output(p, row0 + first, tile));
+                direct_tile_by_row<format, R>(w.data + size_t(tile) * w.tile_bytes, tile_after(p, tile, tile1), w.cols / 32, *p.x, row0 + first, Output(p, row0 + first, tile));
             });
         });
 }
@@ -588,7 +615,7 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
+            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, tile_after(p, tile + 1, tile1));
             direct(p, from, to, tile, tile1);
         });
         return;

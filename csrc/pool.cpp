@@ -27,6 +27,8 @@ void pause_cpu() {
 // Waiting inside a job: the others are microseconds away, unless a core was taken from one of them; then spinning would keep it away, and
 // yielding again and again give up this thread's share of a core that others want too.
 constexpr int kSpins = 512;
+// Where a thread is known to be on its way, from sleep: that takes tens of microseconds where cores are virtual.
+constexpr int kSpinsOfWoken = 4096;
 // Waiting between jobs: longer than the host needs between two steps, short enough not to burn an idle machine.
 constexpr auto kIdle = std::chrono::microseconds(200);
 // What a job gave goes on through other threads: host, server, client. For the scheduler, one of them that another preempted has had its
@@ -51,7 +53,7 @@ int cores() {
 }  // namespace
 
 template <class F>
-void Pool::Gate::pass(int threads, F last) {
+void Pool::Gate::pass(int threads, int spins, F last) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
         arrived_.store(0, std::memory_order_relaxed);
@@ -61,7 +63,7 @@ void Pool::Gate::pass(int threads, F last) {
         if (sleepers_.load(std::memory_order_seq_cst)) futex(phase_, FUTEX_WAKE_PRIVATE, INT_MAX);
         return;
     }
-    for (int spins = 0; spins < kSpins; ++spins) {
+    for (; spins > 0; --spins) {
         if (phase_.load(std::memory_order_acquire) != phase) return;
         pause_cpu();
     }
@@ -87,7 +89,7 @@ void Worker::barrier() {
     if (team_ == Team::all) {
         meet();
     } else if (team_ == Team::others) {
-        pool_.others_.pass(count(), [&] {
+        pool_.others_.pass(count(), kSpins, [&] {
             pool_.next_piece_.store(count(), std::memory_order_relaxed);
             pool_.is_back_ = pool_.away_.load(std::memory_order_relaxed) == 0;
         });
@@ -95,16 +97,20 @@ void Worker::barrier() {
     if (carried_) give_way();
 }
 
-void Worker::meet() {
+void Worker::meet() { meet(kSpins); }
+
+void Worker::meet_woken() { meet(kSpinsOfWoken); }
+
+void Worker::meet(int spins) {
     first_ = index - first_of_team();
-    pool_.all_.pass(pool_.threads(), [&] { pool_.next_piece_.store(pool_.threads(), std::memory_order_relaxed); });
+    pool_.all_.pass(pool_.threads(), spins, [&] { pool_.next_piece_.store(pool_.threads(), std::memory_order_relaxed); });
 }
 
 bool Worker::first_is_away() const { return pool_.begins_away_; }
 
 bool Worker::first_is_back() const { return pool_.is_back_; }
 
-void Worker::call_first() { pool_.call_first(); }
+void Worker::call_first() { pool_.rest(); }
 
 void Worker::stay_away() {
     const auto until = std::chrono::steady_clock::now() + kAway;
@@ -152,28 +158,30 @@ uint32_t Pool::submit(Job job) {
     const uint32_t ticket = published_.load(std::memory_order_relaxed) + 1;
     if (ticket > kQueue) wait(ticket - kQueue);
     jobs_[ticket % kQueue] = std::move(job);
-    published_.store(ticket, std::memory_order_seq_cst);
+    published_.store(ticket, std::memory_order_release);
     published_.notify_all();
-    call_first();
     return ticket;
 }
 
 // After the job of this ticket the host has its hands full, if the next one is there already: with what this one gave, and then with one more.
+// It hears of the job's end after this, so that it never rests with the first thread away.
 void Pool::send_away(uint32_t ticket) {
     begins_away_ = crowded_ && published_.load(std::memory_order_relaxed) == ticket + 1;
-    if (!begins_away_) return;
-    away_.store(1, std::memory_order_seq_cst);
-    if (published_.load(std::memory_order_seq_cst) != ticket + 1) away_.store(0, std::memory_order_relaxed);
+    if (begins_away_) away_.store(1, std::memory_order_seq_cst);
 }
 
-void Pool::call_first() {
+void Pool::rest() {
     if (away_.load(std::memory_order_seq_cst) && away_.exchange(0, std::memory_order_acq_rel)) futex(away_, FUTEX_WAKE_PRIVATE, 1);
 }
 
-void Pool::wait(uint32_t ticket) const {
+void Pool::wait(uint32_t ticket) {
     for (uint32_t completed = completed_.load(std::memory_order_acquire); int32_t(completed - ticket) < 0;
-         completed = completed_.load(std::memory_order_acquire))
-        completed_.wait(completed, std::memory_order_acquire);
+         completed = completed_.load(std::memory_order_acquire)) {
+        rest();
+        waiting_.fetch_add(1, std::memory_order_seq_cst);
+        futex(completed_, FUTEX_WAIT_PRIVATE, completed);
+        waiting_.fetch_sub(1, std::memory_order_relaxed);
+    }
 }
 
 void Pool::wait_for_job(uint32_t ticket) {
@@ -204,8 +212,8 @@ void Pool::work(int index) {
         worker.note_done();
         if (index == 0) {
             job = nullptr;
-            completed_.store(ticket, std::memory_order_release);
-            completed_.notify_all();
+            completed_.store(ticket, std::memory_order_seq_cst);
+            if (waiting_.load(std::memory_order_seq_cst)) futex(completed_, FUTEX_WAKE_PRIVATE, INT_MAX);
             const uint64_t one = 1;
             const int bell = bell_.load(std::memory_order_relaxed);
             // A full counter cannot be added to, and is as good as one more.

@@ -25,7 +25,7 @@ enum class Team : uint8_t { all, alone, others };
 
 // A thread's part in a job. A job is a series of phases; in a phase a team shares out pieces, and a barrier ends it. For a while the threads
 // may also work apart, waiting for nobody. Or, where no core is left for the host, the first stays away at the job's start, until the host has
-// made use of what the job before gave: it would take a core anyway, from a thread for which the others then wait.
+// made use of what the job before gave and rests: it would take a core anyway, from a thread for which the others then wait.
 class Worker {
   public:
     Worker(Pool& pool, int index) : index(index), pool_(pool), first_(index) {}
@@ -48,10 +48,12 @@ class Worker {
     void barrier();
     // The same for every thread of the pool.
     void meet();
+    // The same where one of them may just have been woken.
+    void meet_woken();
 
     // Whether the first thread begins this job away; the same for all.
     bool first_is_away() const;
-    // The first thread: returns when the host has given another job, or somebody calls, or it has been away for long.
+    // The first thread: returns when the host rests, or somebody calls, or it has been away for long.
     void stay_away();
     // The others: whether the first was back when the last of them came to the barrier.
     bool first_is_back() const;
@@ -62,6 +64,7 @@ class Worker {
     // A job was done, of which other threads now carry the news on.
     void note_done();
     void give_way();
+    void meet(int spins);
 
     Pool& pool_;
     // The first piece of a phase is the thread's own number in its team, so that it costs no atomic; -1 once taken. Apart, the next piece.
@@ -86,7 +89,9 @@ class Pool {
     // Queues a job and returns its ticket; waits where kQueue jobs are queued already.
     uint32_t submit(Job job);
     bool done(uint32_t ticket) const { return int32_t(completed_.load(std::memory_order_acquire) - ticket) >= 0; }
-    void wait(uint32_t ticket) const;
+    void wait(uint32_t ticket);
+    // The host has nothing to do until a job is done, so that the first thread may come back. wait() says so itself.
+    void rest();
     void run(Job job) { wait(submit(std::move(job))); }
     // From now on adds one to this eventfd when a job is done: for hosts that wait for other things too.
     void ring(int eventfd) { bell_.store(eventfd, std::memory_order_relaxed); }
@@ -98,9 +103,9 @@ class Pool {
     // A place where a number of threads wait for each other.
     class Gate {
       public:
-        // The last to come calls `last`.
+        // Waits so long without sleeping. The last to come calls `last`.
         template <class F>
-        void pass(int threads, F last);
+        void pass(int threads, int spins, F last);
 
       private:
         alignas(64) std::atomic<int> arrived_{0};
@@ -111,12 +116,12 @@ class Pool {
     void work(int index);
     void wait_for_job(uint32_t ticket);
     void send_away(uint32_t ticket);
-    void call_first();
 
     std::mutex submitting_;
     std::array<Job, kQueue> jobs_;                   // job of ticket t at t % kQueue
     alignas(64) std::atomic<uint32_t> published_{0};  // tickets count from 1
     alignas(64) std::atomic<uint32_t> completed_{0};
+    std::atomic<int> waiting_{0};  // for completed_
     Gate all_, others_;
     alignas(64) std::atomic<int> next_piece_{0};
     alignas(64) std::atomic<uint32_t> away_{0};  // 1: the first thread is, or will be in the next job

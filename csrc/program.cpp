@@ -146,6 +146,7 @@ void Program::use_kv(int group, const KvPool& pool) {
 
 void Program::finish(SlotId hidden, SlotId output) {
     hidden_ = hidden, output_ = output;
+    for (size_t i = 0; i < instructions_.size(); ++i) instructions_[i]->next = instructions_[(i + 1) % instructions_.size()].get();
     for (const auto& instruction : instructions_) row_cost_ += instruction->row_cost() / double(instructions_.size());
     if (row_cost_ > kLargeProduct) share_rows_ = kShareRowsOfLarge;
     int widest = 0, most_blocks = 1;
@@ -318,7 +319,7 @@ size_t Program::lead(Step& step, Worker& worker, bool apart) {
         }
         if (worker.index == 1) step.led = int(done), worker.call_first();
     }
-    worker.meet();
+    worker.meet_woken();
     if (worker.index != 0) go_on();
     return size_t(step.led);
 }

@@ -36,6 +36,8 @@ struct Limits {
 struct Weight {
     PackedMatrix matrix;
     std::shared_ptr<Memory> memory;
+
+    const uint8_t* tile(int index) const { return matrix.data + size_t(index) * matrix.tile_bytes; }
 };
 
 // One KV group's pages: a page holds page_size tokens of all its layers.
@@ -193,8 +195,18 @@ class Instruction {
     virtual double key_cost() const { return 0; }
     // False if the threads must work on its rows together.
     virtual bool parts() const { return true; }
+    // The packed weights that a thread reads first, null if there are none.
+    virtual const uint8_t* reads_first(const Worker&) const { return nullptr; }
     // True if it waits for other ranks.
     virtual bool waits() const { return false; }
+
+    const Instruction* next = nullptr;  // of the program, whose first one follows its last
+    // The packed weights that a thread reads after this instruction's.
+    const uint8_t* weights_after(const Worker& worker) const {
+        for (const Instruction* other = next; other != this; other = other->next)
+            if (const uint8_t* weights = other->reads_first(worker)) return weights;
+        return reads_first(worker);
+    }
 };
 
 class Program {

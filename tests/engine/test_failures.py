@@ -200,6 +200,7 @@ def test_ranks_launch_in_their_leaders_order() -> None:
 
     class Idle:
         def ring(self, bell: int) -> None: ...
+        def rest(self) -> None: ...
         def prepare(self, step: Step) -> Prepared:
             return Prepared(step, None)  # type: ignore[arg-type]
 

@@ -38,6 +38,8 @@ class Pool:
     def threads(self) -> int: ...
     def ring(self, eventfd: int) -> None:
         """Add one to this eventfd whenever a job is done, from now on."""
+    def rest(self) -> None:
+        """The host has nothing to do until a job is done."""
     def wait(self) -> None:
         """Until all that is queued has run."""
 

@@ -267,6 +267,11 @@ class NativeOps:
         """Add one to this eventfd whenever a step, a pack or a copy is done, from now on."""
         self._pool.ring(eventfd)
 
+    def rest(self) -> None:
+        """The host has nothing to do until a step is done: where it has no core of its own, the threads take back the
+        one that they left to it. Waiting for a result says so too."""
+        self._pool.rest()
+
     def __del__(self) -> None:
         if getattr(self, "_sources", None):  # the pool may still be reading them
             self.finish_packing()

@@ -91,6 +91,9 @@ class Runner:
     def ring(self, eventfd: int) -> None:
         """Nobody waits here for a step that was launched."""
 
+    def rest(self) -> None:
+        """Nothing computes here while the host does something else."""
+
 
 class _Done:
     """A step that was computed as it was launched."""
@@ -163,6 +166,10 @@ class NativeRunner(Single):
     def ring(self, eventfd: int) -> None:
         """Add one to this eventfd whenever a step is done, from now on."""
         self._ops.ring(eventfd)
+
+    def rest(self) -> None:
+        """The host waits, for a step or for news."""
+        self._ops.rest()
 
     def clear(self) -> None:
         self._last = None

@@ -105,6 +105,8 @@ class Worker:
             poll.register(fd, select.POLLIN)
         for fd in self._edges.receivers:
             poll.register(fd, select.POLLIN)
+        if wait:
+            self._runner.rest()
         for fd, _ in poll.poll((SPAN_SECONDS * 1000 if self._spans else None) if wait else 0):
             if fd == link.fileno():
                 link.flush()
