@@ -157,8 +157,8 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 
 // ---- reading ahead
 
-// Fetches what the next unit reads, a little at a time, so that memory is busy while this one computes. Newest keys come first:
-// the next unit writes among them.
+// Fetches what the next unit reads, a little with each word of this one's products: memory is busy while the core computes, and a core drops
+// what it is asked for faster than memory gives. Newest keys come first: the next unit writes among them.
 class Fetcher {
   public:
     Fetcher(const AttentionCall& call, const Ahead& ahead) : call_(call), ahead_(ahead), position_((ahead.past - 1) / kTile * kTile) {
@@ -180,7 +180,7 @@ class Fetcher {
     }
 
   private:
-    static constexpr size_t kBytes = 32 * 64;
+    static constexpr size_t kBytes = 5 * 64;  // more than a unit's size over its words
 
     const AttentionCall& call_;
     const Ahead& ahead_;
@@ -201,7 +201,7 @@ HEADRACE_APART void score_tile(const uint32_t* q, int stride, int words, const u
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
     for (int w = 0; w < words; ++w) {
-        if (NQ < kTileQueries && w % 8 == 0) fetcher.some();  // a full tile of queries keeps the core busy by itself
+        if (NQ < kTileQueries) fetcher.some();  // a full tile of queries keeps the core busy by itself
         Words key[NV];
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
         HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
@@ -228,10 +228,12 @@ HEADRACE_APART void value_tile(const uint32_t* p, const uint32_t* const* values,
         }
     };
     for (int t = 0; t < count; t += kTile) {
-        if (NQ < kTileQueries) fetcher.some();
         const uint32_t* row = values[t / kTile] + column;
         const int whole = (count - t < kTile ? count - t : kTile) / W;
-        for (int w = 0; w < whole; ++w) add(p + t / W + w, row + w * dim, [](Words x) { return x; });
+        for (int w = 0; w < whole; ++w) {
+            if (NQ < kTileQueries) fetcher.some();
+            add(p + t / W + w, row + w * dim, [](Words x) { return x; });
+        }
         // The last token's partner in a word is not stored yet: what lies there may be anything, even a NaN.
         if (W == 2 && count - t < kTile && count % 2) add(p + t / W + whole, row + whole * dim, [](Words x) { return low_halves(x); });
     }
@@ -247,7 +249,7 @@ HEADRACE_APART void score_tile_bytes(const uint32_t* q, int stride, int words, c
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = all_words(0), low[i][v] = all_words(uint32_t(queries[i].bias));
     for (int w = 0; w < words; ++w) {
-        if (w % 4 == 0) fetcher.some();
+        fetcher.some();
         Words key[NV];
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) key[v] = load_words(keys[v] + w * kTile);
         HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
@@ -271,9 +273,9 @@ HEADRACE_APART void value_tile_bytes(const uint8_t* p, const float* factors, con
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
     for (int t = 0; t < tiles; ++t) {
-        fetcher.some();
         const uint32_t* row = values[t] + column;
         for (int w = 0; w < kTile / 4; ++w, row += dim) {
+            fetcher.some();
             Words value[NV];
             HEADRACE_UNROLL for (int v = 0; v < NV; ++v) value[v] = load_words(row + v * kLanes);
             HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {

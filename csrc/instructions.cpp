@@ -440,8 +440,8 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
     const int count = int(units.units.size());
     if (count == 0) return;
-    each_stretch(1, count, count, worker, [&](int, int first, int past, int) {
-        for (int unit = first; unit < past; ++unit) attend(program, step, worker, units, unit, unit + 1 < past);
+    each_stretch(1, count, count, worker, [&](int, int first, int past, int next) {
+        for (int unit = first; unit < past; ++unit) attend(program, step, worker, units, unit, unit + 1 < past ? unit + 1 : next);
     });
 }
 
@@ -457,7 +457,7 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
     attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
 }
 
-void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, bool another) const {
+void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index) const {
     const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
     const Slot &vectors = program.slot(q), &to = program.slot(out);
@@ -483,8 +483,8 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
     const AttentionCall call{&layout, pool->layer(layer), places.pages.data() + size_t(unit.chunk) * size_t(places.width), scale, window, softcap,
                              slopes ? queries.slopes : nullptr};
     Ahead ahead{nullptr, 0, 0, 0};
-    if (another && plan.single) {  // units of few queries: their time is memory's
-        const AttentionPlan::Unit& next = plan.units[size_t(index) + 1];
+    if (next_index >= 0 && plan.single) {  // units of few queries: their time is memory's
+        const AttentionPlan::Unit& next = plan.units[size_t(next_index)];
         const int first = next.first_block * kSplit, last = step.positions[size_t(step.chunk_rows[size_t(next.chunk)])];
         const int from = window > 0 ? std::max(first, last - window + 1) : first;
         ahead = {places.pages.data() + size_t(next.chunk) * size_t(places.width), next.kv_head, from, std::min(last + 1, first + kSplit)};
