@@ -35,7 +35,7 @@ int own_tile(const Cut& cut, const Worker& worker) { return (worker.index - work
 
 // Calls f(block, first, past, next) for the tiles of every block of rows, at most `most` tiles at once; the thread goes on with tile `next`, or is
 // done where that is -1. A thread begins with a stretch of its own: claims cost, and memory likes long reads. The team claims the rest, so that
-// a thread that lost its core for a while holds up little.
+// a thread that lost its core for a while holds up little; each claims a piece as it begins with the one before, so that `next` is known.
 template <class F>
 void each_stretch(int blocks, int tiles, int most, Worker& worker, F f) {
     const int all = blocks * tiles;

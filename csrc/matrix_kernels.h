@@ -193,21 +193,24 @@ inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats
 template <Format format>
 struct Stream {
     static constexpr Layout layout = layout_of(format);
-    static constexpr int step = layout.group_bytes() + layout.scale_bytes();
+    static constexpr int step = (layout.super_bytes() + layout.groups - 1) / layout.groups;  // bytes, with a group
     const uint8_t *at, *next;
-    int64_t left;  // superblocks of the tile
+    int64_t left;  // superblocks of the tile that are still to be asked for
 
     Stream(const uint8_t* tile, const uint8_t* next_tile, int64_t groups) : next(next_tile + tile_head_bytes) {
         const int64_t supers = (groups + layout.groups - 1) / layout.groups, ahead = std::min<int64_t>(supers, std::max(1, fetch_ahead / layout.super_bytes()));
         at = tile + tile_head_bytes + (ahead - 1) * layout.super_bytes(), left = supers - ahead;
     }
-    void begin_super() { at = left-- == 0 ? next : at + layout.super_bytes(); }
+    void begin_super() {
+        if (left == 0) prefetch(next - tile_head_bytes);
+        at = left-- == 0 ? next : at + layout.super_bytes();
+    }
     void fetch(int group) const {
         for (int i = 0; i < step; i += 64) prefetch(at + group * step + i);
     }
 };
 
-// The tile that a thread reads after `tile` of [.., tile1).
+// The tile that a thread reads after `tile` of [.., tile1). Blocked products, whose time is not memory's, go on in memory's order.
 inline const uint8_t* tile_after(const Product& p, int64_t tile, int64_t tile1) {
     return tile + 1 == tile1 && p.next ? p.next : p.weight->data + size_t(tile + 1) * p.weight->tile_bytes;
 }
@@ -436,7 +439,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     }
 }
 
-// Two tiles; `next` is the packed bytes that will be wanted after them.
+// Two tiles; `next` is the packed bytes that will be wanted after them, two tiles of the same size.
 template <Format format, bool shifted>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
     const PackedMatrix& w = *p.weight;
@@ -615,7 +618,7 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, tile_after(p, tile + 1, tile1));
+            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
             direct(p, from, to, tile, tile1);
         });
         return;

@@ -158,13 +158,14 @@ uint32_t Pool::submit(Job job) {
     const uint32_t ticket = published_.load(std::memory_order_relaxed) + 1;
     if (ticket > kQueue) wait(ticket - kQueue);
     jobs_[ticket % kQueue] = std::move(job);
-    published_.store(ticket, std::memory_order_release);
+    // In one order with a thread that is about to sleep: either it sees the ticket, or notify_all sees it.
+    published_.store(ticket, std::memory_order_seq_cst);
     published_.notify_all();
     return ticket;
 }
 
 // After the job of this ticket the host has its hands full, if the next one is there already: with what this one gave, and then with one more.
-// It hears of the job's end after this, so that it never rests with the first thread away.
+// It hears of the job's end after this: one that says so whenever it rests never does with the first thread away.
 void Pool::send_away(uint32_t ticket) {
     begins_away_ = crowded_ && published_.load(std::memory_order_relaxed) == ticket + 1;
     if (begins_away_) away_.store(1, std::memory_order_seq_cst);

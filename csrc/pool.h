@@ -103,7 +103,7 @@ class Pool {
     // A place where a number of threads wait for each other.
     class Gate {
       public:
-        // Waits so long without sleeping. The last to come calls `last`.
+        // Looks `spins` times before it sleeps. The last to come calls `last`.
         template <class F>
         void pass(int threads, int spins, F last);
 
@@ -124,7 +124,7 @@ class Pool {
     std::atomic<int> waiting_{0};  // for completed_
     Gate all_, others_;
     alignas(64) std::atomic<int> next_piece_{0};
-    alignas(64) std::atomic<uint32_t> away_{0};  // 1: the first thread is, or will be in the next job
+    alignas(64) std::atomic<uint32_t> away_{0};  // 1: the first thread is, or may be in the next job
     bool begins_away_ = false;                   // of the job that runs; written before it, by the first thread
     bool is_back_ = false;                       // written by the last of the others at their gate
     const bool crowded_;                         // no core is left for the host

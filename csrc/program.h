@@ -195,13 +195,13 @@ class Instruction {
     virtual double key_cost() const { return 0; }
     // False if the threads must work on its rows together.
     virtual bool parts() const { return true; }
-    // The packed weights that a thread reads first, null if there are none.
+    // The packed weights that a thread reads first, null if that is not known before it runs. For prefetches: the team may be another one then.
     virtual const uint8_t* reads_first(const Worker&) const { return nullptr; }
     // True if it waits for other ranks.
     virtual bool waits() const { return false; }
 
     const Instruction* next = nullptr;  // of the program, whose first one follows its last
-    // The packed weights that a thread reads after this instruction's.
+    // The packed weights that a thread reads after this instruction's, as far as is known.
     const uint8_t* weights_after(const Worker& worker) const {
         for (const Instruction* other = next; other != this; other = other->next)
             if (const uint8_t* weights = other->reads_first(worker)) return weights;
