@@ -25,13 +25,13 @@ int tiles_a_piece(int tiles, int threads, int most) {
 
 // Of so many tiles, how many each thread of a team begins with, and how many make a piece of the rest. Both are even.
 struct Cut {
-    int own, piece;
+    int own, piece, first;  // first: where this thread's own begin
 
-    Cut(int tiles, int threads)
-        : own(threads == 1 ? tiles : tiles * 3 / 4 / threads / 2 * 2), piece(std::max(2, (tiles - own * threads) / (threads * kPiecesAThread) / 2 * 2)) {}
+    Cut(int tiles, const Worker& worker)
+        : own(worker.count() == 1 ? tiles : tiles * 3 / 4 / worker.count() / 2 * 2),
+          piece(std::max(2, (tiles - own * worker.count()) / (worker.count() * kPiecesAThread) / 2 * 2)),
+          first((worker.index - worker.first_of_team()) * own) {}
 };
-
-int own_tile(const Cut& cut, const Worker& worker) { return (worker.index - worker.first_of_team()) * cut.own; }
 
 // Calls f(block, first, past, next) for the tiles of every block of rows, at most `most` tiles at once; the thread goes on with tile `next`, or is
 // done where that is -1. A thread begins with a stretch of its own: claims cost, and memory likes long reads. The team claims the rest, so that
@@ -39,9 +39,9 @@ int own_tile(const Cut& cut, const Worker& worker) { return (worker.index - work
 template <class F>
 void each_stretch(int blocks, int tiles, int most, Worker& worker, F f) {
     const int all = blocks * tiles;
-    const Cut cut(all, worker.count());
+    const Cut cut(all, worker);
     const int rest = worker.count() * cut.own;
-    int from = own_tile(cut, worker), past = from + cut.own;
+    int from = cut.first, past = from + cut.own;
     do {
         const int then = std::min(all, rest + worker.claim() * cut.piece);
         for (int count; from < past; from += count) {
@@ -149,7 +149,7 @@ const uint8_t* Linear::tile(int index) const {
     return nullptr;
 }
 
-const uint8_t* Linear::reads_first(const Worker& worker) const { return tile(own_tile(Cut(tiles(), worker.count()), worker)); }
+const uint8_t* Linear::reads_first(const Worker& worker) const { return tile(Cut(tiles(), worker).first); }
 
 double Linear::row_cost() const {
     double cost = 0;
@@ -179,9 +179,7 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
     });
 }
 
-const uint8_t* Gated::reads_first(const Worker& worker) const {
-    return gate.weight->tile(own_tile(Cut(int(gate.weight->matrix.tiles()), worker.count()), worker));
-}
+const uint8_t* Gated::reads_first(const Worker& worker) const { return gate.weight->tile(Cut(int(gate.weight->matrix.tiles()), worker).first); }
 
 size_t Head::tile_floats() { return size_t(kTileRows) * kHeadTiles * tile_rows; }
 
@@ -207,9 +205,7 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     }
 }
 
-const uint8_t* Head::reads_first(const Worker& worker) const {
-    return weight.weight->tile(own_tile(Cut(int(weight.weight->matrix.tiles()), worker.count()), worker));
-}
+const uint8_t* Head::reads_first(const Worker& worker) const { return weight.weight->tile(Cut(int(weight.weight->matrix.tiles()), worker).first); }
 
 // The rank's columns of the logits, into `kept` [rows][ld] unless that is null, and the best of them.
 void Head::multiply(Program& program, const Step&, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const {

@@ -124,11 +124,11 @@ Activation activation(Recipe recipe, int64_t rows, int64_t cols, void* data);
 struct Product {
     const PackedMatrix* weight;
     const Activation* x;
-    float* y;                     // [rows][ldy]; only columns [0, weight->rows) are written
+    float* y;                       // [rows][ldy]; only columns [0, weight->rows) are written
     int64_t ldy;
     const float* bias = nullptr;    // [weight->rows]
     bool accumulate = false;        // add to what y holds
-    const uint8_t* next = nullptr;  // packed tiles that the thread reads after these; null: those that follow in memory
+    const uint8_t* next = nullptr;  // packed tiles that the thread reads after these, for prefetches; null: those that follow in memory
 };
 
 struct Kernels {

@@ -210,7 +210,7 @@ struct Stream {
     }
 };
 
-// The tile that a thread reads after `tile` of [.., tile1). Blocked products, whose time is not memory's, go on in memory's order.
+// The tile that a thread reads after `tile` of [.., tile1).
 inline const uint8_t* tile_after(const Product& p, int64_t tile, int64_t tile1) {
     return tile + 1 == tile1 && p.next ? p.next : p.weight->data + size_t(tile + 1) * p.weight->tile_bytes;
 }
@@ -439,9 +439,9 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     }
 }
 
-// Two tiles; `next` is the packed bytes that will be wanted after them, two tiles of the same size.
+// Two tiles. Those that follow in memory are taken to be wanted after them.
 template <Format format, bool shifted>
-void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
+void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
     BlockScales<format, shifted> scales;
@@ -451,7 +451,7 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
         for (int t = 0; t < 2; t++) read_scales<format, shifted>(scales, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
                                    (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
@@ -562,7 +562,7 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, co
 }
 
 template <Format format>
-void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* next) {
+void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
     constexpr Layout layout = layout_of(format);
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
@@ -583,7 +583,7 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
                 for (int i = 0; i < 8; i++) store_codes(u.group[g - group0][i][t], c[i]);
             }
         }
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : next, w.tile_bytes, blocks,
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
                                    (rows + row_block_rows - 1) / row_block_rows * (group1 - group0));
         even_pieces(rows, row_block_rows, [&](int64_t first, int64_t count) {
             with_rows<row_block_rows>(int(count), [&]<int R>() {
@@ -618,7 +618,7 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, w.data + size_t(tile + 2) * w.tile_bytes);
+            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile);
             direct(p, from, to, tile, tile1);
         });
         return;
