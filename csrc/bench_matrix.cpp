@@ -40,7 +40,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // fp16 fields of a block, by offset: they get small finite values, so that products stay in range.
 std::vector<int> scale_fields(Format format) {
     switch (format) {
-        case Format::Q4_0: case Format::Q5_0: case Format::Q8_0: case Format::IQ4_NL: return {0};
+        case Format::Q4_0: case Format::Q5_0: case Format::Q8_0: case Format::Q8_0_APART: case Format::IQ4_NL: return {0};
         case Format::Q4_1: case Format::Q5_1: case Format::Q4_K: case Format::Q5_K: return {0, 2};
         case Format::Q2_K: return {80, 82};
         case Format::Q3_K: return {108};

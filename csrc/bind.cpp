@@ -85,8 +85,8 @@ struct PyWeight {
 };
 
 // Packs rows of the source (row_order, or all) on the pool, into the arena; the source must live until the pool has come to it.
-PyWeight pack_weight(Pool& pool, Arena& arena, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order) {
-    const Format format = format_by_name(format_name);
+PyWeight pack_weight(Pool& pool, Arena& arena, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order, bool head) {
+    const Format format = head ? screened_format(format_by_name(format_name)) : format_by_name(format_name);
     if (rows < 1 || cols < 1 || cols % block_cols(format) != 0)
         throw std::invalid_argument("a " + format_name + " weight cannot have the shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "]");
     const size_t bytes = source_row_bytes(format, cols) * size_t(rows);
@@ -536,7 +536,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("cols", [](const PyWeight& w) { return w.weight->matrix.cols; })
         .def_prop_ro("nbytes", [](const PyWeight& w) { return w.weight->matrix.bytes(); });
     nb::class_<Arena>(m, "Arena").def(nb::init<>());
-    m.def("pack", &pack_weight, "pool"_a, "arena"_a, "format"_a, "rows"_a, "cols"_a, "source"_a, "row_order"_a.none());
+    m.def("pack", &pack_weight, "pool"_a, "arena"_a, "format"_a, "rows"_a, "cols"_a, "source"_a, "row_order"_a.none(), "head"_a = false);
     nb::class_<PyKvPool>(m, "KvPool")
         .def("__init__", [](PyKvPool* self, const std::string& dtype, int layers, int pages, int page_size, int kv_heads, int head_dim) {
             if (layers < 1 || pages < 1 || kv_heads < 1 || page_size < kTile || page_size % kTile || head_dim < 2 || head_dim % 2 || head_dim > kMaxHeadDim)

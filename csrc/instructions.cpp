@@ -191,14 +191,17 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     const Slot& all = program.slot(logits);
     const bool keep = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.logits || spec.temperature > 0; });
     std::fill(scratch.best.begin() + rows.first, scratch.best.begin() + rows.past, kNoBest);
-    if (Group* group = program.group().get()) {
-        multiply(program, step, worker, activations, keep ? group->logits(group->rank, 0) : nullptr, group->sizes.columns);
-        worker.barrier();
-        choose_among_ranks(program, step, worker, keep);
-        return;
-    }
-    multiply(program, step, worker, activations, keep ? all.data : nullptr, all.width);
+    Group* group = program.group().get();
+    const bool may = may_screen(program, worker, activations[0], keep), screened = may && program.screening.pause == 0;
+    if (screened) multiply_screened(program, worker, activations[0]);
+    else multiply(program, worker, activations, !keep ? nullptr : group ? group->logits(group->rank, 0) : all.data, group ? group->sizes.columns : all.width);
     worker.barrier();
+    if (may && worker.index == worker.first_of_team()) {
+        int left = 0;
+        for (int thread = 0; thread < worker.count(); ++thread) left += program.scratch_of(worker.index + thread).screened;
+        program.screening.note(screened, left * kScreenedTiles <= int(weight.weight->matrix.tiles()));
+    }
+    if (group) return choose_among_ranks(program, step, worker, keep);
     for (int row; (row = rows.first + worker.claim()) < rows.past;) {
         note(program, step, row, choose(program, step, worker, row, best_of_team(program, worker, row)));
         give_back(program, step, row);
@@ -208,10 +211,10 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
 const uint8_t* Head::reads_first(const Worker& worker) const { return weight.weight->tile(Cut(int(weight.weight->matrix.tiles()), worker).first); }
 
 // The rank's columns of the logits, into `kept` [rows][ld] unless that is null, and the best of them.
-void Head::multiply(Program& program, const Step&, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const {
+void Head::multiply(Program& program, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const {
     const Range rows = input.rows(program, worker);
     Scratch& scratch = program.scratch(worker);
-    const int width = int(weight.weight->matrix.rows), first_column = columns.empty() ? 0 : columns[size_t(program.group()->rank)];
+    const int width = int(weight.weight->matrix.rows);
     if (!kept) ld = kHeadTiles * tile_rows;
     each_stretch(ceil_div(rows.count(), kTileRows), int(weight.weight->matrix.tiles()), kHeadTiles, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
@@ -222,7 +225,48 @@ void Head::multiply(Program& program, const Step&, Worker& worker, const std::ve
         for (int r = row; r < past_row; ++r) {
             float* values = y + r * ld + column;
             if (factor != 1 || cap > 0) program.rows_of.cap(values, factor, cap, count, values);
-            program.rows_of.best(values, count, first_column + column, scratch.best[size_t(r)]);
+            program.rows_of.best(values, count, first_column(program) + column, scratch.best[size_t(r)]);
+        }
+    });
+}
+
+// Whether bounds of the products are bounds of the logits, there are not too many rows, and none asks for more than its best token.
+bool Head::may_screen(Program& program, Worker& worker, const Activation& x, bool keep) const {
+    const Range rows = input.rows(program, worker);
+    if (keep || rows.count() > kScreenedRows || weight.weight->matrix.apart_bytes == 0 || x.recipe == Recipe::row || weight.bias || factor != 1 || cap > 0) return false;
+    float* norms = program.scratch(worker).norms;
+    for (int row = rows.first; row < rows.past; ++row)
+        if (!((norms[row - rows.first] = screening_norm(x, row)) <= screening_limit)) return false;
+    return true;
+}
+
+// The best of the rank's columns, from the logits of the tiles that may hold it.
+void Head::multiply_screened(Program& program, Worker& worker, const Activation& x) const {
+    const Range rows = input.rows(program, worker);
+    const PackedMatrix& matrix = weight.weight->matrix;
+    Scratch& scratch = program.scratch(worker);
+    const float* norms = scratch.norms - rows.first;
+    float least[kScreenedRows];
+    auto each_least = [&](auto f) {
+        for (int i = 0; i < rows.count(); ++i) f(program.screening.least[i], least[i]);
+    };
+    scratch.screened = 0;
+    const int tiles = int(matrix.tiles());
+    each_stretch(1, tiles, tiles, worker, [&](int, int first, int past, int next) {
+        for (int tile = first; tile < past; ++tile) {
+            const int column = tile * int(tile_rows), count = int(std::min<int64_t>(tile_rows, matrix.rows - column));
+            float* y = scratch.tile - rows.first * tile_rows - column;
+            const uint8_t* after = tile + 1 < past ? weight.weight->tile(tile + 1) : next >= 0 ? weight.weight->tile(next) : weights_after(worker);
+            const Product product{&matrix, &x, y, tile_rows, nullptr, false, after};
+            each_least([](const std::atomic<float>& shared, float& own) { own = shared.load(std::memory_order_relaxed); });
+            if (!program.matrix.screen(product, rows.first, rows.past, tile, norms, least - rows.first)) continue;
+            each_least([](std::atomic<float>& shared, float own) {
+                if (own > shared.load(std::memory_order_relaxed)) shared.store(own, std::memory_order_relaxed);
+            });
+            ++scratch.screened;
+            program.matrix.multiply(product, rows.first, rows.past, tile, tile + 1);
+            for (int row = rows.first; row < rows.past; ++row)
+                program.rows_of.best(y + row * tile_rows + column, count, first_column(program) + column, scratch.best[size_t(row)]);
         }
     });
 }

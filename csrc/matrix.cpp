@@ -49,7 +49,7 @@ constexpr int block_bytes(Format format) {
         case Format::Q4_1: return 20;
         case Format::Q5_0: return 22;
         case Format::Q5_1: return 24;
-        case Format::Q8_0: return 34;
+        case Format::Q8_0: case Format::Q8_0_APART: return 34;
         case Format::Q2_K: return 84;
         case Format::Q3_K: return 110;
         case Format::Q4_K: return 144;
@@ -92,7 +92,7 @@ HEADRACE_INLINE void read_block(Format format, const uint8_t* p, Block& block) {
         case Format::Q5_1:
             block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 8, codes), read_high_bits(p + 4, codes);
             break;
-        case Format::Q8_0:
+        case Format::Q8_0: case Format::Q8_0_APART:
             block.d[0] = load16(p);
             for (int j = 0; j < 32; j++) codes[j] = p[2 + j] ^ 128;
             break;
@@ -192,6 +192,32 @@ HEADRACE_INLINE void read_plane(const uint8_t* plane, int bits, int shift, int n
     }
 }
 
+constexpr uint32_t kTwoBits = 0x03030303u;
+
+// The same for a group with two bits apart: 8 words of 4 codes.
+HEADRACE_INLINE void place_apart(uint8_t* planes, uint8_t* apart, int n, const uint8_t* codes) {
+    uint32_t words[8], low[2] = {};
+    std::memcpy(words, codes, sizeof words);
+    for (int quad = 0; quad < 8; quad++) low[quad / 4] |= (words[quad] & kTwoBits) << quad % 4 * 2;
+    for (int i = 0; i < 6; i++) {
+        const uint32_t word = (words[i] & ~kTwoBits) | (words[6 + i / 3] >> (6 - i % 3 * 2) & kTwoBits);
+        std::memcpy(planes + 64 * i + 4 * n, &word, 4);
+    }
+    for (int i = 0; i < 2; i++) std::memcpy(apart + 64 * i + 4 * n, &low[i], 4);
+}
+
+HEADRACE_INLINE void read_apart(const uint8_t* planes, const uint8_t* apart, int n, uint8_t* codes) {
+    uint32_t words[8] = {}, low[2];
+    for (int i = 0; i < 2; i++) std::memcpy(&low[i], apart + 64 * i + 4 * n, 4);
+    for (int i = 0; i < 6; i++) {
+        uint32_t word;
+        std::memcpy(&word, planes + 64 * i + 4 * n, 4);
+        words[i] = word & ~kTwoBits, words[6 + i / 3] |= (word & kTwoBits) << (6 - i % 3 * 2);
+    }
+    for (int quad = 0; quad < 8; quad++) words[quad] |= low[quad / 4] >> quad % 4 * 2 & kTwoBits;
+    std::memcpy(codes, words, sizeof words);
+}
+
 // Calls visit(packed byte pointer, block field pointer, bytes) for every scale field of output n, group by group.
 template <class Visit>
 HEADRACE_INLINE void visit_scales(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block, Visit visit) {
@@ -211,18 +237,27 @@ HEADRACE_INLINE void visit_scales(const Layout& layout, uint8_t* super, int n, i
     }
 }
 
-HEADRACE_INLINE void place_block(const Layout& layout, uint8_t* super, int n, int first_group, int groups, Block& block) {
+// `apart`: of the superblock's first group.
+HEADRACE_INLINE void place_block(const Layout& layout, uint8_t* super, uint8_t* apart, int n, int first_group, int groups, Block& block) {
     for (int g = 0; g < groups; g++) {
         uint8_t* planes = super + (first_group + g) * layout.group_bytes();
+        if (layout.apart_bits) {
+            place_apart(planes, apart + (first_group + g) * layout.apart_bytes(), n, block.codes + 32 * g);
+            continue;
+        }
         place_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
         place_plane(planes + 64 * layout.low_bits, layout.high_bits, layout.low_bits, n, block.codes + 32 * g);
     }
     visit_scales(layout, super, n, first_group, groups, block, [](void* packed, void* field, int bytes) { std::memcpy(packed, field, size_t(bytes)); });
 }
 
-HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, int n, int first_group, int groups, Block& block) {
+HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, const uint8_t* apart, int n, int first_group, int groups, Block& block) {
     for (int g = 0; g < groups; g++) {
         const uint8_t* planes = super + (first_group + g) * layout.group_bytes();
+        if (layout.apart_bits) {
+            read_apart(planes, apart + (first_group + g) * layout.apart_bytes(), n, block.codes + 32 * g);
+            continue;
+        }
         std::memset(block.codes + 32 * g, 0, 32);
         read_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
         read_plane(planes + 64 * layout.low_bits, layout.high_bits, layout.low_bits, n, block.codes + 32 * g);
@@ -273,6 +308,25 @@ HEADRACE_INLINE void place_dwords(const Layout& layout, uint8_t* super, int n, i
     }
 }
 
+// What an output's bits apart may add to its sums, and what the roundings of the sums may: squares of norms, in steps of the weights.
+struct Slack {
+    double bits = 0, weights = 0;
+
+    void add(const Layout& layout, const Block& block) {  // of one group
+        const int of_bits = 1 << layout.apart_bits;
+        int64_t bits_in = 0, weights_in = 0;  // the bits count from the middle of their range: twice that, squared
+        for (int j = 0; j < 32; j++) {
+            const int q = block.codes[j], bit = 2 * (q % of_bits) - (of_bits - 1), size = std::abs(q - layout.offset) + of_bits;
+            bits_in += bit * bit, weights_in += size * size;
+        }
+        const double d = double(half_to_float(block.d[0]));
+        bits += d * d * double(bits_in) / 4, weights += d * d * double(weights_in);
+    }
+    // Products and bounds are sums of at most 3 terms a group, each of them rounded at most 3 times; an estimate and a sum err apart, and a term
+    // is at most 2 * norm of the weights * norm of its part of x, of which screening_norm covers a quarter.
+    float value(int64_t groups) const { return float((std::sqrt(bits) + std::sqrt(weights) * double(16 * (3 * groups + 8)) * 0x1p-24) * (1 + 0x1p-20)); }
+};
+
 // Groups of 32 inputs in a block of the file.
 constexpr int file_groups(const Layout& layout) { return layout.groups == 8 ? 8 : 1; }
 
@@ -280,7 +334,9 @@ template <Format format>
 void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_order, int64_t tile) {
     constexpr Layout layout = layout_of(format);
     uint8_t* packed = matrix.data + size_t(tile) * matrix.tile_bytes;
+    uint8_t* apart = matrix.apart + size_t(tile) * matrix.apart_bytes;
     std::memset(packed, 0, matrix.tile_bytes);
+    if (layout.apart_bits) std::memset(apart, 0, matrix.apart_bytes);
     const size_t source_bytes = source_row_bytes(format, matrix.cols);
     constexpr int step = block_bytes(format), groups = file_groups(layout);
     const int count = int(std::min<int64_t>(tile_rows, matrix.rows - tile * tile_rows));
@@ -292,8 +348,9 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
         const int64_t row = tile * tile_rows + n;
         const uint8_t* p = source + size_t(row_order ? row_order[row] : row) * source_bytes;
         float most = 0;
+        Slack slack;
         for (int64_t g = 0; g < matrix.cols / 32; g += groups, p += step) {
-            uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
+            uint8_t* super = packed + layout.tile_head_bytes() + g / layout.groups * layout.super_bytes();
             const int first = int(g % layout.groups);
             read_block(format, p, block);
             most = std::max(most, largest(layout, block, groups));
@@ -302,11 +359,16 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
                 visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
             } else {
                 neutralise(layout, block, groups);
-                place_block(layout, super, n, first, groups, block);
+                place_block(layout, super, apart + g / layout.groups * layout.groups * layout.apart_bytes(), n, first, groups, block);
+                if constexpr (layout.apart_bits > 0) slack.add(layout, block);
             }
         }
         const float step = most / row_steps;
         std::memcpy(packed + 4 * n, &step, 4);
+        if constexpr (layout.apart_bits > 0) {
+            const float value = slack.value(matrix.cols / 32);
+            std::memcpy(packed + 64 + 4 * n, &value, 4);
+        }
     }
 }
 
@@ -329,14 +391,20 @@ size_t tile_size(Format format, int64_t cols) {
     if (format == Format::BF16) return size_t((cols + 1) / 2) * 64;
     if (is_float(format)) return (size_t(cols) * size_t(block_bytes(format)) * tile_rows + 63) / 64 * 64;
     const Layout layout = layout_of(format);
-    return tile_head_bytes + size_t((cols / 32 + layout.groups - 1) / layout.groups) * size_t(layout.super_bytes());
+    return size_t(layout.tile_head_bytes()) + size_t((cols / 32 + layout.groups - 1) / layout.groups) * size_t(layout.super_bytes());
+}
+
+// Of a tile.
+size_t apart_size(Format format, int64_t cols) {
+    const Layout layout = layout_of(format);
+    return size_t((cols / 32 + layout.groups - 1) / layout.groups) * size_t(layout.groups * layout.apart_bytes());
 }
 
 }  // namespace
 
 const char* format_name(Format format) {
     static constexpr const char* names[format_count] = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
-                                                        "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"};
+                                                        "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q8_0_APART"};
     return names[int(format)];
 }
 
@@ -362,7 +430,9 @@ Recipe quantised_recipe(const std::string& name) {
 size_t packed_bytes(Format format, int64_t rows, int64_t cols) { return packed_matrix(format, rows, cols, nullptr).bytes(); }
 
 PackedMatrix packed_matrix(Format format, int64_t rows, int64_t cols, void* data) {
-    return {format, rows, cols, static_cast<uint8_t*>(data), tile_size(format, cols)};
+    PackedMatrix matrix{format, rows, cols, static_cast<uint8_t*>(data), tile_size(format, cols), nullptr, apart_size(format, cols)};
+    if (data) matrix.apart = matrix.data + size_t(matrix.tiles()) * matrix.tile_bytes;
+    return matrix;
 }
 
 namespace {
@@ -382,6 +452,7 @@ void with_format(Format format, F&& f) {
         case Format::Q5_K: return f.template operator()<Format::Q5_K>();
         case Format::Q6_K: return f.template operator()<Format::Q6_K>();
         case Format::IQ4_NL: return f.template operator()<Format::IQ4_NL>();
+        case Format::Q8_0_APART: return f.template operator()<Format::Q8_0_APART>();
         default: return;
     }
 }
@@ -406,6 +477,7 @@ void pack(const PackedMatrix& matrix, const uint8_t* source, const int32_t* row_
 
 void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
     const uint8_t* packed = matrix.data + size_t(row / tile_rows) * matrix.tile_bytes;
+    const uint8_t* apart = matrix.apart + size_t(row / tile_rows) * matrix.apart_bytes;
     const int n = int(row % tile_rows);
     if (is_float(matrix.format)) return unpack_float_row(matrix, packed, n, out);
     with_format(matrix.format, [&]<Format format>() {
@@ -413,8 +485,9 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
         constexpr int groups = file_groups(layout);
         Block block;
         for (int64_t g = 0; g < matrix.cols / 32; g += groups) {
-            const uint8_t* super = packed + tile_head_bytes + g / layout.groups * layout.super_bytes();
-            read_placed(layout, super, n, int(g % layout.groups), groups, block);
+            const int64_t in_tile = g / layout.groups;
+            const uint8_t* super = packed + layout.tile_head_bytes() + in_tile * layout.super_bytes();
+            read_placed(layout, super, apart + in_tile * layout.groups * layout.apart_bytes(), n, int(g % layout.groups), groups, block);
             block_values(layout, block, groups, out + 32 * g);
         }
     });
@@ -436,6 +509,20 @@ size_t activation_bytes(Recipe recipe, int64_t rows, int64_t cols) { return size
 
 Activation activation(Recipe recipe, int64_t rows, int64_t cols, void* data) {
     return {recipe, rows, cols, static_cast<uint8_t*>(data), row_size(recipe, cols)};
+}
+
+float screening_norm(const Activation& activation, int64_t row) {
+    const GroupBlock* blocks = reinterpret_cast<const GroupBlock*>(activation.row(row));
+    double whole = 0, parts = 0;  // squares of the norms of code * scale + offset, and of what is added in parts: codes * scale, and offsets
+    for (int64_t g = 0; g < activation.cols / 32; g++) {
+        const GroupBlock& block = blocks[g];
+        int32_t sum = 0, squares = 0;
+        for (const int8_t code : block.codes) sum += code, squares += code * code;
+        const double scale = block.scale, offset = block.offset, of_codes = scale * scale * squares;
+        whole += std::max(0.0, of_codes + 2 * scale * offset * sum + 32 * offset * offset);
+        parts += std::pow(std::sqrt(of_codes) + std::sqrt(32.0) * std::fabs(offset), 2);
+    }
+    return float(std::max(std::sqrt(whole), std::sqrt(parts) / 4) * (1 + 0x1p-20));
 }
 
 namespace avx512 { extern const Kernels table; }

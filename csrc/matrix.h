@@ -24,6 +24,9 @@
 //   Recipe::f32    (F32, F16 weights) acc = fma(x, w, acc), inputs ascending. The same bits everywhere.
 //
 // Then y = acc (+ bias) (+ what y held), each rounded once.
+//
+// Where only the greatest of a row's results is asked for, not all bits of the weights need be read. Q8_0_APART keeps Q8_0's codes with their
+// two lowest bits apart: screen() bounds a tile's results by the other six, and a tile without the greatest need not be multiplied.
 #pragma once
 
 #include <cstddef>
@@ -34,9 +37,9 @@
 
 namespace headrace {
 
-enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL };
+enum class Format : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, Q8_0_APART };
 
-constexpr int format_count = 14;
+constexpr int format_count = 15;
 const char* format_name(Format format);
 
 enum class Recipe : uint8_t { group, shifted, row, bf16, f32 };
@@ -47,6 +50,9 @@ constexpr int64_t tile_rows = 16;
 
 // Inputs a block of the file holds: cols must be a multiple of it (1 for F32, F16, BF16).
 int64_t block_cols(Format format);
+
+// The format for a weight of which often the greatest result alone is asked for: reads fewer bytes then, where there is one. The file has `format`.
+constexpr Format screened_format(Format format) { return format == Format::Q8_0 ? Format::Q8_0_APART : format; }
 
 // Bytes of one row of `cols` weights in the file.
 size_t source_row_bytes(Format format, int64_t cols);
@@ -62,14 +68,17 @@ struct PackedMatrix {
     int64_t cols;       // inputs
     uint8_t* data;      // 64-byte aligned, tiles() * tile_bytes; owned by the caller
     size_t tile_bytes;  // a multiple of 64
+    uint8_t* apart;     // bits that a format keeps apart, tiles() * apart_bytes, after the tiles
+    size_t apart_bytes; // of a tile, a multiple of 64; 0 for other formats
 
     int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows; }
-    size_t bytes() const { return size_t(tiles()) * tile_bytes; }
+    size_t bytes() const { return size_t(tiles()) * (tile_bytes + apart_bytes); }
 
     // Outputs [first, first + count) as a matrix of their own, in the same memory: several tensors of one format that share an input
     // are packed into one matrix so. `first` must be a multiple of 16, and so must `count` unless it ends the matrix.
     PackedMatrix part(int64_t first, int64_t count) const {
-        return {format, count, cols, data + size_t(first / tile_rows) * tile_bytes, tile_bytes};
+        const size_t tile = size_t(first / tile_rows);
+        return {format, count, cols, data + tile * tile_bytes, tile_bytes, apart + tile * apart_bytes, apart_bytes};
     }
 };
 
@@ -138,7 +147,16 @@ struct Kernels {
     // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; about 64 KiB of stack is used. Best cut: few rows,
     // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
     void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
+    // Of formats with bits apart, by Recipe::group or Recipe::shifted: false if all sums that multiply() gives for these rows of the tile are below
+    // lower[row]. Raises lower[row] to what a sum of the tile is not below. The bits apart are not read. norms[row]: screening_norm, which
+    // must be at most `screening_limit`.
+    bool (*screen)(const Product& product, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower);
 };
+
+// How far the bits apart may move a row's sums, as a factor of each output's slack (Recipe::group, Recipe::shifted): by Cauchy and Schwarz, the
+// norm of what the product takes for x. It covers the rounding of sums and bounds too.
+float screening_norm(const Activation& activation, int64_t row);
+constexpr float screening_limit = 1e12f;  // no sum overflows below it
 
 // The kernels of an instruction set that runs here (isa_runs).
 const Kernels& kernels(Isa isa);

@@ -3,5 +3,5 @@
 
 namespace headrace::avx2 {
 extern const Kernels table;
-const Kernels table{Isa::avx2, quantise_row, multiply};
+const Kernels table{Isa::avx2, quantise_row, multiply, screen};
 }  // namespace headrace::avx2

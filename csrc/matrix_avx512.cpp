@@ -3,5 +3,5 @@
 
 namespace headrace::avx512 {
 extern const Kernels table;
-const Kernels table{Isa::avx512, quantise_row, multiply};
+const Kernels table{Isa::avx512, quantise_row, multiply, screen};
 }  // namespace headrace::avx512

@@ -1,8 +1,8 @@
 // The product kernels, written once and compiled for each instruction set (the including file sets HEADRACE_ISA and flags).
 //
 // A product walks over tiles of 16 outputs. Few rows: a tile's groups are unpacked into registers and used at once for up to
-// `direct_rows` rows (the weights stream past once). Many rows: a block of inputs of two tiles is unpacked once to bytes in the L1 cache, with
-// its scales as floats, and every row block runs over it. Both sum in the order that matrix.h states.
+// `direct_rows` rows (the weights stream past once). Many rows: the scales of a block of inputs of two tiles are made floats once, and every row
+// block runs over it; its codes stay in the L1 cache. Both sum in the order that matrix.h states.
 #pragma once
 
 #include <algorithm>
@@ -30,6 +30,7 @@ constexpr int direct_rows = 1;  // more do not fit in the registers, and compile
 constexpr int float_rows = 4, float_tiles = 1;
 #endif
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
+constexpr int apart_ahead = 2048;   // the same of bits apart, beside which three times as many bytes are read
 constexpr int block_groups = 18;    // of inputs, unpacked at a time
 constexpr int row_block_groups = 28;  // the same for Recipe::row
 constexpr int partial_rows = 256;   // rows whose sums wait between blocks of inputs
@@ -91,11 +92,21 @@ inline Codes shifted(Codes a) {
     else return a;
 }
 
-// Quad i of a group: for each of 16 outputs the codes of inputs 4i to 4i + 3.
+// Quad i of a group with two bits apart: the others, those apart being 0.
+template <int i>
+inline Codes quad_without_apart(const uint8_t* planes) {
+    if constexpr (i < 6) return load_codes(planes + 64 * i) & all_codes(0xFC);
+    const uint8_t* from = planes + (i - 6) * 192;
+    const Codes w = merge(left<6>(load_codes(from)) & all_codes(0xC0), left<4>(load_codes(from + 64)), all_codes(0x30));
+    return merge(w, left<2>(load_codes(from + 128)), all_codes(0x0C));
+}
+
+// Quad i of a group: for each of 16 outputs the codes of inputs 4i to 4i + 3. `apart`: of formats with bits apart, the group's.
 template <Format format, int i>
-inline Codes quad(const uint8_t* planes) {
+inline Codes quad(const uint8_t* planes, const uint8_t* apart) {
     constexpr Layout layout = layout_of(format);
     constexpr int bits = layout.low_bits;
+    if constexpr (layout.apart_bits > 0) return merge(quad_without_apart<i>(planes), shifted<-(i % 4 * 2)>(load_codes(apart + i / 4 * 64)), all_codes(3));
     Codes w;
     if constexpr (bits == 8) w = load_codes(planes + 64 * i);
     else w = shifted<-(i / bits * bits)>(load_codes(planes + i % bits * 64)) & all_codes((1 << bits) - 1);
@@ -107,8 +118,12 @@ inline Codes quad(const uint8_t* planes) {
 }
 
 template <Format format>
-inline void unpack_codes(const uint8_t* planes, Codes (&w)[8]) {
-    [&]<int... i>(std::integer_sequence<int, i...>) { ((w[i] = quad<format, i>(planes)), ...); }(std::make_integer_sequence<int, 8>());
+inline void unpack_codes(const uint8_t* planes, const uint8_t* apart, Codes (&w)[8]) {
+    [&]<int... i>(std::integer_sequence<int, i...>) { ((w[i] = quad<format, i>(planes, apart)), ...); }(std::make_integer_sequence<int, 8>());
+}
+
+inline void unpack_without_apart(const uint8_t* planes, Codes (&w)[8]) {
+    [&]<int... i>(std::integer_sequence<int, i...>) { ((w[i] = quad_without_apart<i>(planes)), ...); }(std::make_integer_sequence<int, 8>());
 }
 
 // Scales d and minima m of a group, as floats: [0] for the first 16 inputs, [1] for the others where the format has halves.
@@ -141,7 +156,13 @@ inline void load_scales(const uint8_t* super, int group, Floats (&d)[2], Floats 
 template <Format format>
 inline const uint8_t* super_at(const uint8_t* tile, int64_t group) {
     constexpr Layout layout = layout_of(format);
-    return tile + tile_head_bytes + group / layout.groups * layout.super_bytes();
+    return tile + layout.tile_head_bytes() + group / layout.groups * layout.super_bytes();
+}
+
+// A tile's bits apart, from a group on.
+template <Format format>
+inline const uint8_t* apart_at(const PackedMatrix& matrix, int64_t tile, int64_t group) {
+    return layout_of(format).apart_bits ? matrix.apart + size_t(tile) * matrix.apart_bytes + group * layout_of(format).apart_bytes() : nullptr;
 }
 
 // ---- Recipe::group, one group of one row
@@ -171,13 +192,13 @@ inline Floats add_minima(Floats acc, const Floats (&m)[2], const GroupBlock& x) 
     else return acc;
 }
 
-// W of Recipe::shifted.
+// W of Recipe::shifted. `more`: to add to the sum of codes.
 template <Format format>
-inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats (&m)[2]) {
+inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats (&m)[2], int more = 0) {
     constexpr Layout layout = layout_of(format);
     constexpr bool wide = wide_codes<format>;
     constexpr int count = layout.halves ? 16 : 32;
-    const Ints from = all_ints(wide && wide_dot_is_signed ? 0 : -layout.offset * count);
+    const Ints from = all_ints((wide && wide_dot_is_signed ? 0 : -layout.offset * count) + more);
     Ints sums[2] = {from, from};
     for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
     Floats total;
@@ -197,12 +218,13 @@ struct Stream {
     const uint8_t *at, *next;
     int64_t left;  // superblocks of the tile that are still to be asked for
 
-    Stream(const uint8_t* tile, const uint8_t* next_tile, int64_t groups) : next(next_tile + tile_head_bytes) {
+    Stream(const uint8_t* tile, const uint8_t* next_tile, int64_t groups) : next(next_tile + layout.tile_head_bytes()) {
         const int64_t supers = (groups + layout.groups - 1) / layout.groups, ahead = std::min<int64_t>(supers, std::max(1, fetch_ahead / layout.super_bytes()));
-        at = tile + tile_head_bytes + (ahead - 1) * layout.super_bytes(), left = supers - ahead;
+        at = tile + layout.tile_head_bytes() + (ahead - 1) * layout.super_bytes(), left = supers - ahead;
     }
     void begin_super() {
-        if (left == 0) prefetch(next - tile_head_bytes);
+        if (left == 0)
+            for (int i = 0; i < layout.tile_head_bytes(); i += 64) prefetch(next - layout.tile_head_bytes() + i);
         at = left-- == 0 ? next : at + layout.super_bytes();
     }
     void fetch(int group) const {
@@ -215,13 +237,15 @@ inline const uint8_t* tile_after(const Product& p, int64_t tile, int64_t tile1) 
     return tile + 1 == tile1 && p.next ? p.next : p.weight->data + size_t(tile + 1) * p.weight->tile_bytes;
 }
 
-template <Format format, bool shifted, int R>
-__attribute__((noinline)) void direct_tile(const uint8_t* tile, const uint8_t* next, int64_t groups, const uint8_t* x, int64_t stride, const Output& out) {
+// The sums of R rows go to `put(row, sums)`. Screened: the bits apart are not read, but taken to be the middle of their range.
+template <Format format, bool shifted, bool screened, int R, class Put>
+inline void direct_tile(const uint8_t* tile, const uint8_t* apart, const uint8_t* next, int64_t groups, const uint8_t* x, int64_t stride, Put put) {
     constexpr Layout layout = layout_of(format);
     constexpr bool wide = wide_codes<format>;
+    constexpr float middle = 0.5f * float((1 << layout.apart_bits) - 1);
     Floats acc[R];
     for (int r = 0; r < R; r++) acc[r] = zero();
-    const uint8_t* super = tile + tile_head_bytes;
+    const uint8_t* super = tile + layout.tile_head_bytes();
     Stream<format> stream(tile, next, groups);
     for (int64_t first = 0; first < groups; first += layout.groups, super += layout.super_bytes()) {
         const int count = int(std::min<int64_t>(layout.groups, groups - first));
@@ -230,14 +254,21 @@ __attribute__((noinline)) void direct_tile(const uint8_t* tile, const uint8_t* n
             stream.fetch(g);
             Codes w[8];
             Floats d[2], m[2];
-            unpack_codes<format>(super + g * layout.group_bytes(), w);
+            if constexpr (screened) {
+                unpack_without_apart(super + g * layout.group_bytes(), w);
+            } else {
+                for (int i = 0; i < layout.apart_bytes(); i += 64) prefetch(apart + apart_ahead + i);
+                unpack_codes<format>(super + g * layout.group_bytes(), apart, w);
+                apart += layout.apart_bytes();
+            }
             load_scales<format>(super, g, d, m);
             Floats whole;
-            if constexpr (shifted) whole = weight_sum<format>(w, d, m);
+            if constexpr (shifted) whole = weight_sum<format>(w, d, m, screened ? int(32 * middle) : 0);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const GroupBlock& block = *reinterpret_cast<const GroupBlock*>(x + r * stride);
                 if constexpr (shifted) acc[r] = fused(whole, all(block.offset), acc[r]);
+                if constexpr (screened) acc[r] = fused(d[0], all(middle * block.sum), acc[r]);
                 acc[r] = add_minima<format>(acc[r], m, block);
                 Ints sum = start<format>(layout.halves ? block.minus8_low : block.minus8);
 #pragma GCC unroll 8
@@ -252,19 +283,58 @@ __attribute__((noinline)) void direct_tile(const uint8_t* tile, const uint8_t* n
             }
         }
     }
-    for (int r = 0; r < R; r++) out.put(r, acc[r]);
+    for (int r = 0; r < R; r++) put(r, acc[r]);
+}
+
+template <Format format, bool shifted, int R>
+__attribute__((noinline)) void multiply_tile(const Product& p, int64_t row, int64_t tile, int64_t tile1) {
+    const PackedMatrix& w = *p.weight;
+    const Output out(p, row, tile);
+    direct_tile<format, shifted, false, R>(w.data + size_t(tile) * w.tile_bytes, apart_at<format>(w, tile, 0), tile_after(p, tile, tile1), w.cols / 32, p.x->row(row),
+                                           p.x->row_bytes, [&](int r, Floats sum) { out.put(r, sum); });
 }
 
 template <Format format, bool shifted>
 void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
-    const PackedMatrix& w = *p.weight;
     for (int64_t tile = tile0; tile < tile1; tile++)
         even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
-            with_rows<direct_rows>(int(count), [&]<int R>() {
-                direct_tile<format, shifted, R>(w.data + size_t(tile) * w.tile_bytes, tile_after(p, tile, tile1), w.cols / 32, p.x->row(row0 + first), p.x->row_bytes,
-                                       Output(p, row0 + first, tile));
-            });
+            with_rows<direct_rows>(int(count), [&]<int R>() { multiply_tile<format, shifted, R>(p, row0 + first, tile, tile1); });
         });
+}
+
+template <Format format, bool shifted, int R>
+__attribute__((noinline)) bool screen_rows(const Product& p, int64_t row, int64_t tile, const float* norms, float* lower) {
+    const PackedMatrix& w = *p.weight;
+    const uint8_t* from = w.data + size_t(tile) * w.tile_bytes;
+    const int count = int(std::min(tile_rows, w.rows - tile * tile_rows));
+    const Floats slack = load((const float*)(from + 64));
+    bool found = false;
+    direct_tile<format, shifted, true, R>(from, nullptr, tile_after(p, tile, tile + 1), w.cols / 32, p.x->row(row), p.x->row_bytes, [&](int r, Floats sum) {
+        const Floats margin = slack * all(norms[row + r]), above = sum + margin, below = sum - margin;
+        float most = greatest(above), least = greatest(below);
+        if (count < kLanes) {
+            alignas(64) float each_above[kLanes], each_below[kLanes];
+            store(each_above, above), store(each_below, below);
+            most = *std::max_element(each_above, each_above + count), least = *std::max_element(each_below, each_below + count);
+        }
+        found |= !(most < lower[row + r]);
+        lower[row + r] = std::max(lower[row + r], least);
+    });
+    return found;
+}
+
+template <Format format, bool shifted>
+bool screen_tile(const Product& p, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower) {
+    bool found = false;
+    even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
+        with_rows<direct_rows>(int(count), [&]<int R>() { found |= screen_rows<format, shifted, R>(p, row0 + first, tile, norms, lower); });
+    });
+    return found;
+}
+
+bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower) {
+    const auto of_recipe = p.x->recipe == Recipe::shifted ? screen_tile<Format::Q8_0_APART, true> : screen_tile<Format::Q8_0_APART, false>;
+    return of_recipe(p, row0, row1, tile, norms, lower);
 }
 
 // ---- many rows
@@ -297,19 +367,36 @@ inline __m512i broadcast(const float* p) {
 
 inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
 
+// What a block of inputs is multiplied as: bits apart are put together before.
+constexpr Format together(Format format) { return format == Format::Q8_0_APART ? Format::Q8_0 : format; }
+
+// A block of inputs of a tile, its bits together.
+struct Together {
+    static constexpr Layout layout = layout_of(Format::Q8_0);
+    alignas(64) uint8_t tile[layout.tile_head_bytes() + (block_groups + layout.groups - 1) / layout.groups * layout.super_bytes()];
+
+    void store(int group, const Codes (&w)[8]) {
+        uint8_t* planes = tile + layout.tile_head_bytes() + group / layout.groups * layout.super_bytes() + group % layout.groups * layout.group_bytes();
+        for (int i = 0; i < 8; i++) store_codes(planes + 64 * i, w[i]);
+    }
+};
+
+// `codes`: where formats with bits apart get them together.
 template <Format format, bool shifted>
-void read_scales(BlockScales<format, shifted>& to, int t, const uint8_t* tile, int64_t group0, int groups) {
+void read_scales(BlockScales<together(format), shifted>& to, int t, const PackedMatrix& matrix, int64_t tile, int64_t group0, int groups, Together* codes) {
     constexpr Layout layout = layout_of(format);
     int in_super = int(group0 % layout.groups);
-    const uint8_t* super = super_at<format>(tile, group0);
-    for (int g = 0; g < groups; g++) {
+    const uint8_t* super = super_at<format>(matrix.data + size_t(tile) * matrix.tile_bytes, group0);
+    const uint8_t* apart = apart_at<format>(matrix, tile, group0);
+    for (int g = 0; g < groups; g++, apart += layout.apart_bytes()) {
         if (in_super == layout.groups) super += layout.super_bytes(), in_super = 0;
         Floats d[2], m[2];
         load_scales<format>(super, in_super, d, m);
-        if constexpr (shifted) {
+        if constexpr (shifted || layout.apart_bits > 0) {
             Codes w[8];
-            unpack_codes<format>(super + in_super * layout.group_bytes(), w);
-            store(to.whole[g][t], weight_sum<format>(w, d, m));
+            unpack_codes<format>(super + in_super * layout.group_bytes(), apart, w);
+            if constexpr (shifted) store(to.whole[g][t], weight_sum<format>(w, d, m));
+            if constexpr (layout.apart_bits > 0) codes->store(g, w);
         }
         in_super++;
         if constexpr (!to.added) {
@@ -331,12 +418,14 @@ struct Ahead {
     const uint8_t* at;
     int64_t tile_bytes, left;  // bytes
     int64_t bytes;             // a step
+    const uint8_t *apart = nullptr, *past_apart = nullptr;  // bits apart of both tiles, which lie together
 
     static Ahead block(const uint8_t* at, size_t tile_bytes, int64_t blocks, int64_t steps) {
         const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
         return {at, int64_t(tile_bytes), lines * 64, (lines + steps - 1) / steps * 64};
     }
     void step() {
+        if (apart < past_apart) _mm_prefetch((const char*)apart, _MM_HINT_T1), apart += 64;
         if (left <= 0) return;
         for (int64_t i = 0; i < bytes; i += 64)
             for (int t = 0; t < 2; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T1);
@@ -392,7 +481,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
                 sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
         };
         auto add_quad = [&]<int i>() {
-            const Codes w0 = quad<format, i>(planes), w1 = quad<format, i>(planes + tile_bytes);
+            const Codes w0 = quad<format, i>(planes, nullptr), w1 = quad<format, i>(planes + tile_bytes, nullptr);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 const __m512i all = _mm512_set1_epi32(load_word(block(r).codes + 4 * i));
@@ -442,21 +531,26 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
 // Two tiles. Those that follow in memory are taken to be wanted after them.
 template <Format format, bool shifted>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
+    constexpr bool has_apart = layout_of(format).apart_bits > 0;
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
-    BlockScales<format, shifted> scales;
+    BlockScales<together(format), shifted> scales;
     alignas(64) float partial[partial_rows * 2 * 16];
+    Together codes[has_apart ? 2 : 1];
     const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
     const int64_t blocks = (groups + block_groups - 1) / block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
-        for (int t = 0; t < 2; t++) read_scales<format, shifted>(scales, t, packed + t * w.tile_bytes, group0, int(group1 - group0));
+        for (int t = 0; t < 2; t++) read_scales<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
+        const uint8_t* tiles = has_apart ? codes[0].tile : packed;
+        const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
         Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
                                    (rows + block_rows - 1) / block_rows * (group1 - group0));
+        if (has_apart && b == 0) ahead.apart = apart_at<format>(w, tile + 2, 0), ahead.past_apart = ahead.apart + 2 * w.apart_bytes;
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<block_rows>(int(count), [&]<int R>() {
-                run_rows<format, shifted, R>(scales, packed, int64_t(w.tile_bytes), group0, int(group1 - group0),
+                run_rows<together(format), shifted, R>(scales, tiles, stride, has_apart ? 0 : group0, int(group1 - group0),
                                     p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes, partial + first * 2 * 16, b == 0,
                                     b + 1 == blocks, out, ahead);
             });
@@ -470,10 +564,10 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
 
 // A group's codes as int8 + 128, in steps of D; inverse is 256 / D.
 template <Format format>
-inline void unpack_row_codes(const uint8_t* super, int group, Floats inverse, Codes (&w)[8]) {
+inline void unpack_row_codes(const uint8_t* super, const uint8_t* apart, int group, Floats inverse, Codes (&w)[8]) {
     constexpr Layout layout = layout_of(format);
     Floats d[2], m[2];
-    unpack_codes<format>(super + group * layout.group_bytes(), w);
+    unpack_codes<format>(super + group * layout.group_bytes(), apart, w);
     load_scales<format>(super, group, d, m);
     for (int h = 0; h <= layout.halves; h++) {
         const Ints factor = round_to_ints(d[h] * inverse), half = all_ints(128 * 256 + 128);
@@ -497,20 +591,25 @@ inline Ints row_start(const RowHead& head) { return all_ints(wide_dot_is_signed 
 inline Floats row_value(Ints sum, const uint8_t* tile, const RowHead& head) { return to_floats(sum) * (load((const float*)tile) * all(head.scale)); }
 
 template <Format format, int R>
-__attribute__((noinline)) void direct_tile_by_row(const uint8_t* tile, const uint8_t* next, int64_t groups, const Activation& input, int64_t row, const Output& out) {
+__attribute__((noinline)) void multiply_tile_by_row(const Product& p, int64_t row, int64_t index, int64_t tile1) {
     constexpr Layout layout = layout_of(format);
+    const Activation& input = *p.x;
+    const int64_t groups = p.weight->cols / 32;
+    const uint8_t* tile = p.weight->data + size_t(index) * p.weight->tile_bytes;
+    const uint8_t* apart = apart_at<format>(*p.weight, index, 0);
+    const Output out(p, row, index);
     const Floats inverse = inverse_steps(tile);
     Ints sum[R];
     for (int r = 0; r < R; r++) sum[r] = row_start(head_of(input, row + r));
     const uint8_t* x = input.row(row) + sizeof(RowHead);
-    Stream<format> stream(tile, next, groups);
-    for (int64_t g = 0; g < groups; g++, x += 32) {
+    Stream<format> stream(tile, tile_after(p, index, tile1), groups);
+    for (int64_t g = 0; g < groups; g++, x += 32, apart += layout.apart_bytes()) {
         const uint8_t* super = super_at<format>(tile, g);
         const int in_super = int(g % layout.groups);
         if (in_super == 0) stream.begin_super();
         stream.fetch(in_super);
         Codes w[8];
-        unpack_row_codes<format>(super, in_super, inverse, w);
+        unpack_row_codes<format>(super, apart, in_super, inverse, w);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -521,12 +620,9 @@ __attribute__((noinline)) void direct_tile_by_row(const uint8_t* tile, const uin
 
 template <Format format>
 void multiply_direct_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
-    const PackedMatrix& w = *p.weight;
     for (int64_t tile = tile0; tile < tile1; tile++)
         even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
-            with_rows<direct_rows>(int(count), [&]<int R>() {
-                direct_tile_by_row<format, R>(w.data + size_t(tile) * w.tile_bytes, tile_after(p, tile, tile1), w.cols / 32, *p.x, row0 + first, Output(p, row0 + first, tile));
-            });
+            with_rows<direct_rows>(int(count), [&]<int R>() { multiply_tile_by_row<format, R>(p, row0 + first, tile, tile1); });
         });
 }
 
@@ -577,9 +673,10 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
         for (int t = 0; t < 2; t++) {
             const uint8_t* from = packed + t * w.tile_bytes;
             const Floats inverse = inverse_steps(from);
-            for (int64_t g = group0; g < group1; g++) {
+            const uint8_t* apart = apart_at<format>(w, tile + t, group0);
+            for (int64_t g = group0; g < group1; g++, apart += layout.apart_bytes()) {
                 Codes c[8];
-                unpack_row_codes<format>(super_at<format>(from, g), int(g % layout.groups), inverse, c);
+                unpack_row_codes<format>(super_at<format>(from, g), apart, int(g % layout.groups), inverse, c);
                 for (int i = 0; i < 8; i++) store_codes(u.group[g - group0][i][t], c[i]);
             }
         }
@@ -614,7 +711,6 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
         const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
                              : recipe == Recipe::shifted ? multiply_blocked<format, true>
                                                          : multiply_blocked<format, false>;
-        const PackedMatrix& w = *p.weight;
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
@@ -793,6 +889,7 @@ void multiply(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64
         case Format::Q5_K: return multiply_quantised<Format::Q5_K>(p, row0, row1, tile0, tile1);
         case Format::Q6_K: return multiply_quantised<Format::Q6_K>(p, row0, row1, tile0, tile1);
         case Format::IQ4_NL: return multiply_quantised<Format::IQ4_NL>(p, row0, row1, tile0, tile1);
+        case Format::Q8_0_APART: return multiply_quantised<Format::Q8_0_APART>(p, row0, row1, tile0, tile1);
         case Format::F32: return multiply_float<Format::F32>(p, row0, row1, tile0, tile1);
         case Format::F16: return multiply_float<Format::F16>(p, row0, row1, tile0, tile1);
         case Format::BF16: return multiply_float<Format::BF16>(p, row0, row1, tile0, tile1);

@@ -1,9 +1,12 @@
 // How packed tiles are laid out: what pack() writes and the kernels read.
 //
-// A tile (16 outputs): 16 floats D (quantised formats; see Recipe::row), then superblocks, inputs ascending.
+// A tile (16 outputs): 16 floats D (quantised formats; see Recipe::row), then superblocks, inputs ascending. Formats with bits apart have 16
+// more floats before the superblocks: each output's slack (see Kernels::screen).
 // A superblock: its groups' codes, then its groups' scales, padded to 64 bytes.
 // Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j. A plane of b bits is
 // b x 64 bytes; quad i is in the (i % b)th 64, at bit i / b * b of every byte. 8-bit codes are signed, kept as code + 128.
+// With two bits apart, the others of quads 0 to 5 are the high bits of 64 bytes each, whose low bits are, from the highest, those of quad 6
+// (in the first three) and of quad 7. The bits apart are a plane of two bits in a place of their own after all tiles, groups ascending.
 // Groups with one scale that is 0 hold codes of value 0 (but for IQ4_NL, which has none).
 // Scales are rows of 16, one for each output: fp16 d, or fp16 d and fp16 m, for every group; the K formats have fp16 d (and dmin) once
 // and a row of bytes (or two, with 16-wide groups; two more for their minima) for every group.
@@ -18,6 +21,7 @@ enum class Scales : uint8_t { none, d, dm, k, k_min, k_nibbles };  // k_nibbles:
 
 struct Layout {
     int low_bits = 0, high_bits = 0;
+    int apart_bits = 0;  // the lowest of low_bits: kept apart, so that a product of the others need not read them
     int offset = 0;      // the value of a code q is d * (q - offset) - or d * q + m
     int groups = 1;      // of 32, in a superblock
     Scales scales = Scales::none;
@@ -26,7 +30,9 @@ struct Layout {
     bool table = false;          // codes index IQ4_NL's values
 
     constexpr bool has_min() const { return scales == Scales::dm || scales == Scales::k_min || scales == Scales::k_nibbles; }
-    constexpr int group_bytes() const { return 64 * (low_bits + high_bits); }
+    constexpr int tile_head_bytes() const { return apart_bits ? 128 : 64; }  // of the quantised formats
+    constexpr int group_bytes() const { return 64 * (low_bits + high_bits - apart_bits); }
+    constexpr int apart_bytes() const { return 64 * apart_bits; }  // of a group
     constexpr int head_bytes() const {  // of a superblock's scales, before the groups' bytes
         return scales == Scales::k ? 32 : scales == Scales::k_min || scales == Scales::k_nibbles ? 64 : 0;
     }
@@ -51,6 +57,7 @@ constexpr Layout layout_of(Format format) {
         case Format::Q5_0: return {.low_bits = 4, .high_bits = 1, .offset = 16, .groups = 2, .scales = Scales::d};
         case Format::Q5_1: return {.low_bits = 4, .high_bits = 1, .scales = Scales::dm};
         case Format::Q8_0: return {.low_bits = 8, .offset = 128, .groups = 2, .scales = Scales::d};
+        case Format::Q8_0_APART: return {.low_bits = 8, .apart_bits = 2, .offset = 128, .groups = 2, .scales = Scales::d};
         case Format::IQ4_NL: return {.low_bits = 4, .offset = 128, .groups = 2, .scales = Scales::d, .table = true};
         case Format::Q2_K: return {.low_bits = 2, .groups = 8, .scales = Scales::k_nibbles, .halves = true};
         case Format::Q3_K: return {.low_bits = 2, .high_bits = 1, .offset = 4, .groups = 8, .scales = Scales::k, .halves = true, .signed_scales = true};
@@ -62,8 +69,6 @@ constexpr Layout layout_of(Format format) {
 }
 
 constexpr bool is_float(Format format) { return layout_of(format).scales == Scales::none; }
-
-constexpr int tile_head_bytes = 64;  // of the quantised formats
 
 constexpr float row_steps = 126;  // Recipe::row: a weight row's largest value in steps D; a code's error of one step still fits int8
 

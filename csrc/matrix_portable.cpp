@@ -3,5 +3,5 @@
 
 namespace headrace::portable {
 extern const Kernels table;
-const Kernels table{Isa::portable, quantise_row, multiply};
+const Kernels table{Isa::portable, quantise_row, multiply, screen};
 }  // namespace headrace::portable

@@ -65,6 +65,11 @@ constexpr int kHalfRows = 32;
 // Time of an operation of attention, in operations of products.
 constexpr double kAttentionCost = 2;
 
+// Of at most so many rows whose best token alone is asked for, the head bounds a tile's logits before it computes them.
+constexpr int kScreenedRows = 4;
+// Screening pays if it leaves at most one in so many tiles: those that it leaves are multiplied after it.
+constexpr int kScreenedTiles = 4;
+
 constexpr int32_t kNoToken = -1;    // this row chooses nothing
 constexpr int32_t kBroken = -2;     // its logits are not finite
 
@@ -174,10 +179,30 @@ struct Scratch {
     uint8_t* attention;
     float *state, *partial, *queries;
     std::vector<Best> best;  // [logits]
+    float norms[kScreenedRows];  // screening_norm of the head's rows
+    int screened = 0;            // tiles that screening did not spare
     uint64_t event = 0;      // the group's last event that this thread took part in
     std::vector<uint64_t> events;  // [reductions][halves]: theirs
     SampleScratch sampling;
     Routing routing;
+};
+
+// Whether the head screens: where it spared too little, not for a while, and each time for longer. What it computes is the same.
+struct Screening {
+    int pause = 0, length = 1;  // steps
+    // What the best of each row is not below, as far as any thread knows. A raise that another overwrites costs time alone.
+    std::atomic<float> least[kScreenedRows] = {};
+
+    Screening() { forget(); }
+    void forget() {
+        for (std::atomic<float>& value : least) value.store(kNoBest.value, std::memory_order_relaxed);
+    }
+    void note(bool screened, bool paid) {
+        forget();
+        if (!screened) pause = std::max(0, pause - 1);
+        else if (paid) length = 1;
+        else pause = length, length = std::min(2 * length, 1024);
+    }
 };
 
 class Program;
@@ -272,6 +297,7 @@ class Program {
     const Limits limits;
     const Kernels& matrix;
     const RowKernels& rows_of;
+    Screening screening;
     int vocab = 0;  // rows of the embedding, 0 if there is none
     std::vector<int32_t> last_tokens;
 

@@ -53,9 +53,18 @@ class Weight:
     @property
     def nbytes(self) -> int: ...
 
-def pack(pool: Pool, format: str, rows: int, cols: int, source: np.ndarray, row_order: np.ndarray | None) -> Weight:
+def pack(
+    pool: Pool,
+    format: str,
+    rows: int,
+    cols: int,
+    source: np.ndarray,
+    row_order: np.ndarray | None,
+    head: bool = False,
+) -> Weight:
     """Queue the packing of `source`, uint8 [bytes] of [rows, cols], which must live until the pool has come to it: of
-    its rows `row_order`, or of all."""
+    its rows `row_order`, or of all. `head`: in the form that reads less where a row's best logit alone counts, if its
+    format has one."""
 
 class KvPool:
     """Pages of one KV group: `page_size` tokens (a multiple of 16) of all its layers. dtype as in memory/kv.py."""

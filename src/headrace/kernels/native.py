@@ -247,12 +247,12 @@ class NativeOps:
 
     # What runs when called
 
-    def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> Any:
+    def pack(self, tensor: Any, row_order: np.ndarray | None = None, head: bool = False) -> Any:
         """Queue the packing of a file's tensor; see `finish_packing`."""
         rows, cols = tensor.shape
         order = None if row_order is None else np.ascontiguousarray(row_order, np.int32)
         data = tensor.data  # asked for once: it may be made anew each time
-        weight = _native.pack(self._pool, self._arena, tensor.type.name, rows, cols, data, order)
+        weight = _native.pack(self._pool, self._arena, tensor.type.name, rows, cols, data, order, head)
         self._sources.append(data)
         return weight
 

@@ -95,8 +95,10 @@ class Ops(Protocol):
     name: str
     kv_head_multiple: int  # heads of keys and values are stored as wide as the next multiple of this
 
-    def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> Matrix:
-        """Take a file's tensor [out, in] into this op set's own layout: its rows `row_order`, in that order, or all."""
+    def pack(self, tensor: Any, row_order: np.ndarray | None = None, head: bool = False) -> Matrix:
+        """Take a file's tensor [out, in] into this op set's own layout: its rows `row_order`, in that order, or all.
+
+        `head`: logits come from it, so that often only the greatest of a row's products counts."""
         ...
 
     def vector(self, tensor: Any, row_order: np.ndarray | None = None) -> Array:

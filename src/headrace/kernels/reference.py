@@ -75,7 +75,7 @@ class ReferenceOps:
         self._pool = ThreadPoolExecutor(max(1, threads - 1), "reference")
         self._lanes: dict[tuple[int, int], int] = {}  # by weight shape: the verdict of `_columns_agree`
 
-    def pack(self, tensor: Any, row_order: np.ndarray | None = None) -> DenseMatrix:
+    def pack(self, tensor: Any, row_order: np.ndarray | None = None, head: bool = False) -> DenseMatrix:
         rows = np.ascontiguousarray(tensor.decode(), dtype=np.float32)
         if row_order is not None:
             rows = np.ascontiguousarray(rows[row_order])

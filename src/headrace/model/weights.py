@@ -123,6 +123,9 @@ class _Choice:
     def holds(self, field: str) -> bool:
         return self._share is None or self._share.holds(field)
 
+    def is_head(self, field: str) -> bool:
+        return self._spec is not None and field == ("embedding" if self._spec.tied else "head")
+
     def rows(self, part: _Part) -> np.ndarray | None:
         """The rows of its tensor that become the weight's, in order; None: all."""
         rows = None if self._share is None or self._spec is None else self._share.rows(part.field, self._spec)
@@ -233,7 +236,7 @@ class _Loader:
     def _pack(self, tensor: Tensor, part: _Part) -> Future[Any]:
         def pack() -> Any:
             own, rows = self._choice.cut(part.field, tensor, self._choice.rows(part))
-            return self._ops.pack(own.check_weights(), rows)
+            return self._ops.pack(own.check_weights(), rows, self._choice.is_head(part.field))
 
         return self._pool.submit(pack)
 
