@@ -505,6 +505,7 @@ NB_MODULE(_native, m) {
     using namespace headrace;
     const Isa isa = best_isa();
     m.attr("supported_isas") = nb::cast(supported_isas());
+    m.attr("screened_rows") = kScreenedRows;
     m.def("read_bandwidth", [isa](size_t bytes, int threads) {
         nb::gil_scoped_release release;
         Pool pool(threads);
@@ -558,6 +559,7 @@ NB_MODULE(_native, m) {
         .def("wait", [](const PyTicket& t) { t.pool->wait(t.step->ticket); }, nb::call_guard<nb::gil_scoped_release>())
         .def("chosen", &chosen)
         .def("output", &output)
+        .def_prop_ro("spared_bytes", [](const PyTicket& t) { return t.step->spared_bytes; })
         .def_prop_ro("expert_load", [](const PyTicket& t) { return t.step->expert_load; })
         .def_prop_ro("seconds", [](const PyTicket& t) { return t.step->seconds; })
         .def_prop_ro("failed", [](const PyTicket& t) { return t.step->failed.load(); })

@@ -28,6 +28,12 @@ Format format_of(const std::string& name) {
     throw std::invalid_argument("unknown weight format '" + name + "'");
 }
 
+const Kernels& kernels_of(const std::string& isa_wanted) {
+    const std::optional<Isa> isa = isa_from_name(isa_wanted);
+    if (!isa || !isa_runs(*isa)) throw std::invalid_argument("this machine does not run '" + isa_wanted + "'");
+    return kernels(*isa);
+}
+
 struct Packed {
     Memory memory;
     PackedMatrix matrix;
@@ -56,9 +62,7 @@ Result values(const std::string& format, int64_t rows, int64_t cols, const Bytes
 
 Result product(const std::string& isa_wanted, const std::string& format, const std::string& quantised, int64_t rows, const Bytes& source, const Rows& x, int64_t rows_at_once,
                int64_t tiles_at_once) {
-    const std::optional<Isa> isa = isa_from_name(isa_wanted);
-    if (!isa || !isa_runs(*isa)) throw std::invalid_argument("this machine does not run '" + isa_wanted + "'");
-    const Kernels& set = kernels(*isa);
+    const Kernels& set = kernels_of(isa_wanted);
     const int64_t count = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
     const Packed packed(format, rows, cols, source, std::nullopt);
     const Recipe recipe = recipe_of(packed.matrix.format, quantised_recipe(quantised));
@@ -73,11 +77,36 @@ Result product(const std::string& isa_wanted, const std::string& format, const s
     return result(std::move(y), size_t(count), size_t(rows));
 }
 
+// Whether screening keeps each tile for some of the rows, given what their best is not below, and what it raises that to: [rows][tiles].
+nb::tuple screening(const std::string& isa_wanted, const std::string& quantised, int64_t rows, const Bytes& source, const Rows& x, const Rows& least, int64_t rows_at_once) {
+    const Kernels& set = kernels_of(isa_wanted);
+    const int64_t count = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
+    const Packed packed(format_name(Format::Q8_0_APART), rows, cols, source, std::nullopt);
+    const int64_t tiles = packed.matrix.tiles();
+    if (int64_t(least.shape(0)) != count || int64_t(least.shape(1)) != tiles) throw std::invalid_argument("least needs a value for each row and tile");
+    const Recipe recipe = quantised_recipe(quantised);
+    if (recipe == Recipe::row) throw std::invalid_argument("the recipe 'row' has no screening");
+    const Memory memory(activation_bytes(recipe, count, cols));
+    const Activation input = activation(recipe, count, cols, memory.data());
+    std::vector<float> norms(static_cast<size_t>(count)), kept(size_t(count * tiles)), raised(size_t(count * tiles)), own(static_cast<size_t>(count));
+    for (int64_t row = 0; row < count; row++) set.quantise_row(input, row, x.data() + row * cols), norms[size_t(row)] = screening_norm(input, row);
+    const Product p{&packed.matrix, &input, nullptr, 0};
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t first = 0; first < count; first += rows_at_once) {
+            const int64_t past = std::min(count, first + rows_at_once);
+            for (int64_t row = first; row < past; row++) own[size_t(row)] = least.data()[row * tiles + tile];
+            const bool found = set.screen(p, first, past, tile, norms.data(), own.data());
+            for (int64_t row = first; row < past; row++) kept[size_t(row * tiles + tile)] = found, raised[size_t(row * tiles + tile)] = own[size_t(row)];
+        }
+    return nb::make_tuple(result(std::move(kept), size_t(count), size_t(tiles)), result(std::move(raised), size_t(count), size_t(tiles)));
+}
+
 }  // namespace
 
 void bind_matrix(nb::module_& module) {
     module.def("matrix_values", &values, "format"_a, "rows"_a, "cols"_a, "source"_a, "row_order"_a.none());
     module.def("matrix_product", &product, "isa"_a, "format"_a, "recipe"_a, "rows"_a, "source"_a, "x"_a, "rows_at_once"_a, "tiles_at_once"_a);
+    module.def("matrix_screening", &screening, "isa"_a, "recipe"_a, "rows"_a, "source"_a, "x"_a, "least"_a, "rows_at_once"_a);
 }
 
 }  // namespace headrace

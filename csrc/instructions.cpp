@@ -197,9 +197,11 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     else multiply(program, worker, activations, !keep ? nullptr : group ? group->logits(group->rank, 0) : all.data, group ? group->sizes.columns : all.width);
     worker.barrier();
     if (may && worker.index == worker.first_of_team()) {
-        int left = 0;
+        const PackedMatrix& matrix = weight.weight->matrix;
+        int64_t left = 0;
         for (int thread = 0; thread < worker.count(); ++thread) left += program.scratch_of(worker.index + thread).screened;
-        program.screening.note(screened, left * kScreenedTiles <= int(weight.weight->matrix.tiles()));
+        program.screening.note(screened, left * kScreenedTiles <= matrix.tiles());
+        if (screened) step.spared_bytes = (matrix.tiles() - left) * int64_t(matrix.apart_bytes);
     }
     if (group) return choose_among_ranks(program, step, worker, keep);
     for (int row; (row = rows.first + worker.claim()) < rows.past;) {

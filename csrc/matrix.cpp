@@ -308,19 +308,17 @@ HEADRACE_INLINE void place_dwords(const Layout& layout, uint8_t* super, int n, i
     }
 }
 
-// What an output's bits apart may add to its sums, and what the roundings of the sums may: squares of norms, in steps of the weights.
+// What two bits apart of an output's codes may add to its sums, and what the roundings of the sums may: squares of norms.
 struct Slack {
     double bits = 0, weights = 0;
 
-    void add(const Layout& layout, const Block& block) {  // of one group
-        const int of_bits = 1 << layout.apart_bits;
-        int64_t bits_in = 0, weights_in = 0;  // the bits count from the middle of their range: twice that, squared
-        for (int j = 0; j < 32; j++) {
-            const int q = block.codes[j], bit = 2 * (q % of_bits) - (of_bits - 1), size = std::abs(q - layout.offset) + of_bits;
-            bits_in += bit * bit, weights_in += size * size;
-        }
-        const double d = double(half_to_float(block.d[0]));
-        bits += d * d * double(bits_in) / 4, weights += d * d * double(weights_in);
+    // One group, whose greatest weight is `most`. From the middle of their range the bits count 1.5 (0 and 3) or 0.5 (1 and 2).
+    void add(const Block& block, float most) {
+        uint64_t words[4], outer = 0;  // bytes of outer: how many of four codes have equal bits
+        std::memcpy(words, block.codes, sizeof words);
+        for (const uint64_t word : words) outer += ~(word ^ word >> 1) & 0x0101010101010101u;
+        const double d = std::fabs(double(half_to_float(block.d[0]))), size = double(most) + 4 * d;
+        bits += d * d * (32 * 0.25 + 2.0 * double(outer * 0x0101010101010101u >> 56)), weights += 32 * size * size;
     }
     // Products and bounds are sums of at most 3 terms a group, each of them rounded at most 3 times; an estimate and a sum err apart, and a term
     // is at most 2 * norm of the weights * norm of its part of x, of which screening_norm covers a quarter.
@@ -353,14 +351,15 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
             uint8_t* super = packed + layout.tile_head_bytes() + g / layout.groups * layout.super_bytes();
             const int first = int(g % layout.groups);
             read_block(format, p, block);
-            most = std::max(most, largest(layout, block, groups));
+            const float here = largest(layout, block, groups);
+            most = std::max(most, here);
             if constexpr (direct) {
                 place_dwords(layout, super, n, first, has_zero_scale(layout, block, 0) ? zeros : p + step - 4 * layout.low_bits);
                 visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
             } else {
                 neutralise(layout, block, groups);
                 place_block(layout, super, apart + g / layout.groups * layout.groups * layout.apart_bytes(), n, first, groups, block);
-                if constexpr (layout.apart_bits > 0) slack.add(layout, block);
+                if constexpr (layout.apart_bits > 0) slack.add(block, here);
             }
         }
         const float step = most / row_steps;

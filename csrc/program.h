@@ -94,6 +94,7 @@ struct Step {
     std::vector<Range> halves;        // of the rows: two, or one of all
     std::vector<int> shares;          // [halves][threads + 1]: where each thread's rows begin, if they work apart; empty: they work together
     int led = 0;                      // instructions that all threads but the first did
+    int64_t spared_bytes = 0;         // of the weights: what screening left unread
     bool cuts_chunks = false;         // a chunk's rows lie in two threads' shares
     double started = 0, ended = 0;    // seconds, steady clock
     // Of a rank's step: reductions, bytes that it gave to the other ranks, seconds that its first thread waited for theirs.

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headrace.kernels import native, recipes
 
@@ -14,7 +16,8 @@ if native.missing() is not None:
 
 NATIVE = native._native
 ISAS = NATIVE.supported_isas
-FORMATS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+FORMATS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q8_0_APART", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+OF_FILE = {"Q8_0_APART": "Q8_0"}  # another form of the same file's format
 RECIPES = ["group", "shifted", "row"]
 SCALES_AT = {
     "Q4_1": (0, 2),
@@ -29,7 +32,7 @@ SCALES_AT = {
 
 def blocks(name: str, rows: int, cols: int, seed: int = 0, zeros: bool = True) -> np.ndarray:
     """Random bytes of a format, with small fp16 scales; some are negative and, with `zeros`, one in eight is zero."""
-    inputs, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    inputs, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[OF_FILE.get(name, name)]]
     random = np.random.default_rng(seed)
     source = random.integers(0, 256, (rows * cols // inputs, size), np.uint8)
     for at in SCALES_AT.get(name, (0,)):
@@ -73,10 +76,11 @@ def multiply(recipe: str, name: str, weight: recipes.Blocks, x: np.ndarray) -> n
 def test_packing_keeps_the_files_values(name: str) -> None:
     rows, cols = 37, 768
     source = blocks(name, rows, cols)
-    theirs = gguf.quants.dequantize(source.reshape(rows, -1), gguf.GGMLQuantizationType[name])
+    of_file = OF_FILE.get(name, name)
+    theirs = gguf.quants.dequantize(source.reshape(rows, -1), gguf.GGMLQuantizationType[of_file])
     order = np.random.default_rng(2).permutation(rows).astype(np.int32)
     np.testing.assert_array_equal(NATIVE.matrix_values(name, rows, cols, source, order), theirs[order])
-    np.testing.assert_array_equal(recipes.read_blocks(name, source, rows, cols).values(), theirs)
+    np.testing.assert_array_equal(recipes.read_blocks(of_file, source, rows, cols).values(), theirs)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -84,13 +88,13 @@ def test_packing_keeps_the_files_values(name: str) -> None:
 def test_quantised_products_have_the_twins_bits(name: str, recipe: str) -> None:
     for rows, cols, count in ((50, 768, 21), (16, 256, 1), (33, 512, 3)):
         source, x = blocks(name, rows, cols, cols), activations(count, cols)
-        weight = recipes.read_blocks(name, source, rows, cols)
-        twin = multiply(recipe, name, weight, x)
+        weight = recipes.read_blocks(OF_FILE.get(name, name), source, rows, cols)
+        twin = multiply(recipe, OF_FILE.get(name, name), weight, x)
         for isa in ISAS:
             np.testing.assert_array_equal(product(isa, name, rows, source, x, recipe), twin)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", sorted({*FORMATS} - {*OF_FILE}))
 def test_the_twin_is_near_the_exact_product(name: str) -> None:
     rows, cols = 64, 1024
     source, x = blocks(name, rows, cols), np.random.default_rng(3).standard_normal((40, cols), dtype=np.float32)
@@ -118,7 +122,7 @@ def test_a_shift_halves_the_error_beside_an_outlier() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q6_K", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q8_0_APART", "Q6_K", "F32", "F16", "BF16"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_rows_bits_depend_on_nothing_else(isa: str, name: str, recipe: str) -> None:
     rows, cols, count = 90, 768, 64
@@ -132,6 +136,38 @@ def test_a_rows_bits_depend_on_nothing_else(isa: str, name: str, recipe: str) ->
     changed[5, 700] += 3  # a control: another input does change the row, and only that row
     differs = (product(isa, name, rows, source, changed, recipe) != whole).any(axis=1)
     assert differs.nonzero()[0].tolist() == [5]
+
+
+def tile_maxima(values: np.ndarray) -> np.ndarray:
+    """The greatest of each 16 columns [rows, tiles]."""
+    rows, columns = values.shape
+    padded = np.pad(values, ((0, 0), (0, -columns % 16)), constant_values=-np.inf)
+    return padded.reshape(rows, -1, 16).max(axis=2)
+
+
+@pytest.mark.parametrize("recipe", ["group", "shifted"])
+@pytest.mark.parametrize("isa", ISAS)
+@given(st.integers(0, 2**32), st.sampled_from([32, 96, 576, 2048]), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_screening_loses_no_best(isa: str, recipe: str, seed: int, cols: int, worst: bool) -> None:
+    rows, count = 150, 5
+    source, x = blocks("Q8_0", rows, cols, seed), activations(count, cols, seed)
+    if worst:  # for the first row of x all the bits apart move the products up, or all of them down, as far as they can
+        x[0] = np.where(x[0] > 0, 1, -1)
+        each = source.reshape(rows, -1, 34)
+        each[:, :, :2] = np.array([0.02], np.float16).view(np.uint8)
+        up = (x[0].reshape(-1, 32) > 0) ^ (np.arange(rows) % 2 == 0)[:, None, None]
+        each[:, :, 2:] = (each[:, :, 2:] & 0xFC) | np.where(up, 3, 0)
+    sums = tile_maxima(product(isa, "Q8_0", rows, source, x, recipe))
+    for at_once in (1, count):
+        kept, raised = NATIVE.matrix_screening(isa, recipe, rows, source, x, np.full_like(sums, -np.inf), at_once)
+        assert kept.all() and (raised <= sums).all()
+        kept, _ = NATIVE.matrix_screening(isa, recipe, rows, source, x, sums, at_once)
+        assert kept.all()  # nothing is spared that equals the best
+    weights = np.linalg.norm(recipes.read_blocks("Q8_0", source, rows, cols).values(), axis=1)
+    far = sums + 0.1 * np.linalg.norm(x, axis=1, keepdims=True) * tile_maxima(weights[None]) + np.float32(1e-9)
+    kept, _ = NATIVE.matrix_screening(isa, recipe, rows, source, x, far, 1)
+    assert not kept.any()  # and what is far from it is
 
 
 def float_weights(name: str, rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from headrace.errors import ConfigError
+from headrace.formats.tensor import TENSOR_TYPES, Tensor
 from headrace.kernels import native
 from headrace.kernels.native import BROKEN_LOGITS, Limits, NativeOps, logits_spec, sample_spec
-from headrace.kernels.ops import Batch, KVGroupBatch, RopeTable
+from headrace.kernels.ops import SCREENED_ROWS, Batch, KVGroupBatch, RopeTable
 from headrace.kernels.reference import ReferenceOps
 from headrace.sampling import sample
 from headrace.types import SamplingParams
@@ -238,6 +241,65 @@ def test_broken_logits_are_reported() -> None:
     assert ticket.result()[0].tolist() == [BROKEN_LOGITS, BROKEN_LOGITS]
     table[17, 3] = 1
     assert [i.kind for i in program.instructions] == ["head"]
+
+
+def head_alone(isa: str, source: np.ndarray, vocab: int, dim: int, limit: int = 16) -> native.NativeProgram:
+    """Logits of hidden states, from a head of Q8_0."""
+    ops = NativeOps(2, isa)
+    q8_0 = Tensor("w", (vocab, dim), TENSOR_TYPES["Q8_0"], source, Path("test"))
+    matrix = ops.pack(q8_0, head=True)
+    program = ops.capture(
+        lambda b: ops.linear(ops.take_rows(b.hidden, b.logit_rows), matrix), Limits(limit, limit, limit, 1, ()), dim
+    )
+    ops.finish_packing()
+    return program
+
+
+def best_and_logits(program: native.NativeProgram, hidden: np.ndarray) -> tuple[list[int], int, np.ndarray]:
+    """What a step of greedy rows chooses, how many bytes it spared, and the rows' logits."""
+    rows = np.arange(len(hidden), dtype=np.int32)
+    chunks = np.array([0, len(hidden)], np.int32)
+    greedy = np.array([sample_spec(SamplingParams(temperature=0), 0, 0, -1)] * len(rows), native.SAMPLE)
+    ticket = program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], greedy, hidden)
+    chosen = ticket.result()[0].tolist()
+    logits = np.array([logits_spec()] * len(rows), native.SAMPLE)
+    return (
+        chosen,
+        ticket.spared_bytes,
+        program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], logits, hidden).result()[1].copy(),
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_screened_head_chooses_the_best(isa: str) -> None:
+    vocab, dim = 5000, 160  # the last tile and the last superblock are not full
+    rng = np.random.default_rng(7)
+    weights = rng.standard_normal((vocab, dim), dtype=np.float32)
+    weights[3000], weights[4321], weights[4322] = weights[1000], weights[1234], weights[1234]  # ties
+    source = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0).reshape(-1)
+    program = head_alone(isa, source, vocab, dim)
+    spared = []
+    for rows in (1, 2, native._native.screened_rows, native._native.screened_rows + 1, 1):
+        of = rng.choice([1000, 1234, *range(40)], rows)
+        hidden = 3 * weights[of] + 0.3 * rng.standard_normal((rows, dim), dtype=np.float32)
+        chosen, bytes_, logits = best_and_logits(program, hidden)
+        assert chosen == logits.argmax(axis=1).tolist()  # of equal ones the first
+        spared.append(bytes_ / (vocab * dim / 4))
+    assert min(*spared[:3], spared[4]) > 0.7 and spared[3] == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_head_where_nothing_can_be_spared(isa: str) -> None:
+    vocab, dim = 512, 64
+    program = head_alone(isa, np.zeros(vocab * dim // 32 * 34, np.uint8), vocab, dim)  # all logits are 0
+    hidden = np.ones((1, dim), np.float32)
+    assert [best_and_logits(program, hidden)[:2] for _ in range(4)] == [([0], 0)] * 4
+    hidden[:] = np.nan
+    assert best_and_logits(program, hidden)[0] == [BROKEN_LOGITS]
+
+
+def test_the_number_of_screened_rows() -> None:
+    assert native._native.screened_rows == SCREENED_ROWS
 
 
 def test_pages_are_copied_in_order(model: Model) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 Transform: TypeAlias = tuple[str, np.ndarray | None, np.ndarray | None, float, float]
 
 supported_isas: list[str]  # instruction sets that run here, widest first
+screened_rows: int  # SCREENED_ROWS
 
 def read_bandwidth(bytes: int, threads: int) -> float:
     """GB/s of one pass over `bytes` of memory shared out among `threads`: the best of five."""
@@ -111,6 +112,8 @@ class Ticket:
     def wait(self) -> None: ...
     def chosen(self) -> np.ndarray: ...
     def output(self) -> np.ndarray: ...
+    @property
+    def spared_bytes(self) -> int: ...
     @property
     def expert_load(self) -> list[int]: ...
     @property

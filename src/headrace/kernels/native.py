@@ -163,6 +163,12 @@ class Ticket:
         return self._ticket.reduces
 
     @property
+    def spared_bytes(self) -> int:
+        """Bytes of the head's weights that were not read, because no best token could come from them. To be read after
+        `result`."""
+        return self._ticket.spared_bytes
+
+    @property
     def expert_load(self) -> list[int]:
         """Of each call of `experts` in turn, how many rows chose each expert. To be read after `result`."""
         return self._ticket.expert_load

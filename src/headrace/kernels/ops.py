@@ -24,6 +24,7 @@ Matrix = Any  # a packed weight [out, in]
 # relu2: the square of relu.
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+SCREENED_ROWS = 4  # of so few rows that ask for their best token alone, the native set need not read a whole head
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..errors import CapacityError, ConfigError, RequestError
 from ..kernels import choose_ops
 from ..llm import LLM
 from ..model.spec import ModelSpec
-from ..model.weights import step_bytes
+from ..model.weights import spared_bytes, step_bytes
 from ..results import machine_facts, summarize_tests, write_results
 from ..types import SamplingParams
 from .against import Peer, PeerRun
@@ -178,7 +178,9 @@ def measure(
         resident = _resident_bytes()
         for index, test in enumerate(tests):
             rows = test.batch if test.new else min(test.prompt, llm.config.max_batch_tokens)
-            read = step_bytes(opened.file, opened.spec, rows)
+            screens = llm.config.kernels.startswith("native") and llm.config.activations != "row"
+            spared = spared_bytes(opened.file, opened.spec, rows) if screens else 0
+            read = step_bytes(opened.file, opened.spec, rows) - spared  # at least so much
             cost = cost_of(test, opened.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
             for rep in range(-1, reps):
                 seconds = time_test(llm, test, rng)

@@ -90,8 +90,8 @@ class _Bench:
                 for source, target in zip(self.pages[0].tolist(), row.tolist(), strict=True):
                     self.ops.copy_page(cache, source, target)
 
-    def step(self, rows: int, context: int) -> list[float]:
-        """Seconds of each instruction."""
+    def step(self, rows: int, context: int) -> tuple[list[float], int]:
+        """Seconds of each instruction, and bytes of the head that were not read."""
         last = np.full(rows, context, np.int32)
         table = self.pages[:rows, : context // PAGE_SIZE + 1].copy()
         slots = table[:, -1].astype(np.int64) * PAGE_SIZE + context % PAGE_SIZE
@@ -102,7 +102,7 @@ class _Bench:
         greedy["top_p"], greedy["slot"], greedy["choose"] = 1, -1, True
         ticket = self.program.submit(tokens, last, each, each[:-1], batch, greedy, timed=True)
         ticket.result()
-        return ticket.seconds
+        return ticket.seconds, ticket.spared_bytes
 
 
 def measure_ops(
@@ -124,14 +124,16 @@ def measure_ops(
     for index, count in enumerate(rows):
         steps = [bench.step(count, context) for _ in range(WARM_UP + reps)][WARM_UP:]
         ceilings = sample_ceilings(bench.ops.name, weights, bench.ops.threads)
-        lines = _lines(bench, count, context, [median(times) for times in zip(*steps, strict=True)])
-        profiles.append(Profile(count, context, median(map(sum, steps)), lines, ceilings))
+        seconds, spared = zip(*steps, strict=True)
+        each = [median(times) for times in zip(*seconds, strict=True)]
+        lines = _lines(bench, count, context, each, int(median(spared)))
+        profiles.append(Profile(count, context, median(map(sum, seconds)), lines, ceilings))
         advance(index + 1, len(rows))
     facts = machine_facts() | {"model": model, "kernels": bench.ops.name, "threads": bench.ops.threads, "reps": reps}
     return facts | {"kv_dtype": bench.resolved.kv_dtype, "activations": bench.resolved.activations}, profiles
 
 
-def _lines(bench: _Bench, rows: int, context: int, seconds: Sequence[float]) -> tuple[Line, ...]:
+def _lines(bench: _Bench, rows: int, context: int, seconds: Sequence[float], spared: int) -> tuple[Line, ...]:
     lines: dict[str, Line] = {}
     windows = iter([bench.spec.windows[layer] for layer in range(bench.spec.layers)])
     for instruction, time in zip(bench.program.instructions, seconds, strict=True):
@@ -139,6 +141,7 @@ def _lines(bench: _Bench, rows: int, context: int, seconds: Sequence[float]) -> 
         if instruction.shapes:
             name = _shape_name(instruction)
             flops = 2 * rows * sum(out * columns for out, columns in instruction.shapes)
+            read -= spared if instruction.kind == "head" else 0
         elif instruction.kind == "attention":
             window = next(windows)
             keys = min(context + 1, window or context + 1)

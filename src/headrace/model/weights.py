@@ -14,7 +14,7 @@ from ..errors import ModelFileError, UnsupportedModelError
 from ..formats.gguf import GGUFFile
 from ..formats.safetensors import Checkpoint
 from ..formats.tensor import F32, Tensor
-from ..kernels.ops import Array, Matrix, Ops
+from ..kernels.ops import SCREENED_ROWS, Array, Matrix, Ops
 from .families import family_of
 from .layout import Layout
 from .shares import Blocks, Share
@@ -192,6 +192,14 @@ def step_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) ->
         elsewhere.discard(f"{layout.tables['embedding']}.weight")
     tables = sum(tensor.nbytes for name, tensor in source.tensors.items() if name not in elsewhere)
     return tables + sum(layer_bytes(source, spec, rows))
+
+
+def spared_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> int:
+    """Bytes of `step_bytes` that the native set may leave unread where `rows` sequences ask for their best token alone:
+    the two lowest bits of a Q8_0 head (see csrc/matrix.h)."""
+    name = table_name(family_of(source).layout(source, spec), "embedding" if spec.tied else "head")
+    screened = rows <= SCREENED_ROWS and source.tensors[name].type.name == "Q8_0"
+    return spec.vocab_size * spec.dim // 4 if screened else 0
 
 
 def layer_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> tuple[int, ...]:
