@@ -418,14 +418,21 @@ struct Ahead {
     const uint8_t* at;
     int64_t tile_bytes, left;  // bytes
     int64_t bytes;             // a step
-    const uint8_t *apart = nullptr, *past_apart = nullptr;  // bits apart of both tiles, which lie together
+    const uint8_t *apart = nullptr, *past_apart = nullptr;  // bits apart, which lie together
+    int64_t apart_bytes = 0;                                // a step
 
     static Ahead block(const uint8_t* at, size_t tile_bytes, int64_t blocks, int64_t steps) {
         const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
         return {at, int64_t(tile_bytes), lines * 64, (lines + steps - 1) / steps * 64};
     }
+    // And, in as many steps, part `index` of `parts` of the bits apart that two tiles have from `at` on.
+    void add_apart(const uint8_t* at, int64_t bytes, int64_t index, int64_t parts, int64_t steps) {
+        const int64_t lines = 2 * bytes / 64;
+        apart = at + lines * index / parts * 64, past_apart = at + lines * (index + 1) / parts * 64;
+        apart_bytes = ((past_apart - apart) / 64 + steps - 1) / steps * 64;
+    }
     void step() {
-        if (apart < past_apart) _mm_prefetch((const char*)apart, _MM_HINT_T1), apart += 64;
+        for (int64_t i = 0; i < apart_bytes && apart < past_apart; i += 64, apart += 64) _mm_prefetch((const char*)apart, _MM_HINT_T1);
         if (left <= 0) return;
         for (int64_t i = 0; i < bytes; i += 64)
             for (int t = 0; t < 2; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T1);
@@ -544,9 +551,9 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
         for (int t = 0; t < 2; t++) read_scales<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
         const uint8_t* tiles = has_apart ? codes[0].tile : packed;
         const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
-                                   (rows + block_rows - 1) / block_rows * (group1 - group0));
-        if (has_apart && b == 0) ahead.apart = apart_at<format>(w, tile + 2, 0), ahead.past_apart = ahead.apart + 2 * w.apart_bytes;
+        const int64_t steps = (rows + block_rows - 1) / block_rows * (group1 - group0);
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks, steps);
+        if constexpr (has_apart) ahead.add_apart(apart_at<format>(w, tile + 2, 0), int64_t(w.apart_bytes), b, blocks, steps);
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<block_rows>(int(count), [&]<int R>() {
