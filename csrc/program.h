@@ -68,7 +68,7 @@ constexpr double kAttentionCost = 2;
 // Of at most so many rows whose best token alone is asked for, the head bounds a tile's logits before it computes them.
 constexpr int kScreenedRows = 4;
 // Screening pays if it leaves at most one in so many tiles: those that it leaves are multiplied after it.
-constexpr int kScreenedTiles = 4;
+constexpr int kScreenedTiles = 2;
 
 constexpr int32_t kNoToken = -1;    // this row chooses nothing
 constexpr int32_t kBroken = -2;     // its logits are not finite
