@@ -432,10 +432,10 @@ struct Ahead {
         apart_bytes = ((past_apart - apart) / 64 + steps - 1) / steps * 64;
     }
     void step() {
-        for (int64_t i = 0; i < apart_bytes && apart < past_apart; i += 64, apart += 64) _mm_prefetch((const char*)apart, _MM_HINT_T1);
+        for (int64_t i = 0; i < apart_bytes && apart < past_apart; i += 64, apart += 64) _mm_prefetch((const char*)apart, _MM_HINT_T0);
         if (left <= 0) return;
         for (int64_t i = 0; i < bytes; i += 64)
-            for (int t = 0; t < 2; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T1);
+            for (int t = 0; t < 2; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T0);
         at += bytes, left -= bytes;
     }
 };
