@@ -192,16 +192,21 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     const bool keep = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.logits || spec.temperature > 0; });
     std::fill(scratch.best.begin() + rows.first, scratch.best.begin() + rows.past, kNoBest);
     Group* group = program.group().get();
-    const bool may = may_screen(program, worker, activations[0], keep), screened = may && program.screening.pause == 0;
-    if (screened) multiply_screened(program, worker, activations[0]);
+    float norms[kScreenedRows];
+    bool may = !keep && rows.count() <= kScreenedRows && bounded(activations[0]);
+    for (int i = 0; may && i < rows.count(); ++i) may = may_screen(norms[i] = screening_norm(activations[0], rows.first + i));
+    const bool screened = may && program.screening.pause == 0;
+    if (screened) multiply_screened(program, worker, activations[0], norms);
     else multiply(program, worker, activations, !keep ? nullptr : group ? group->logits(group->rank, 0) : all.data, group ? group->sizes.columns : all.width);
     worker.barrier();
-    if (may && worker.index == worker.first_of_team()) {
+    if (screened && worker.index == worker.first_of_team()) {
         const PackedMatrix& matrix = weight.weight->matrix;
         int64_t left = 0;
         for (int thread = 0; thread < worker.count(); ++thread) left += program.scratch_of(worker.index + thread).screened;
-        program.screening.note(screened, left * kScreenedTiles <= matrix.tiles());
-        if (screened) step.spared_bytes = (matrix.tiles() - left) * int64_t(matrix.apart_bytes);
+        program.screening.done(left * kScreenedTiles <= matrix.tiles());
+        step.spared_bytes = (matrix.tiles() - left) * int64_t(matrix.apart_bytes);
+    } else if (may && worker.index == worker.first_of_team()) {
+        program.screening.skipped();
     }
     if (group) return choose_among_ranks(program, step, worker, keep);
     for (int row; (row = rows.first + worker.claim()) < rows.past;) {
@@ -232,26 +237,18 @@ void Head::multiply(Program& program, Worker& worker, const std::vector<Activati
     });
 }
 
-// Whether bounds of the products are bounds of the logits, there are not too many rows, and none asks for more than its best token.
-bool Head::may_screen(Program& program, Worker& worker, const Activation& x, bool keep) const {
-    const Range rows = input.rows(program, worker);
-    if (keep || rows.count() > kScreenedRows || weight.weight->matrix.apart_bytes == 0 || x.recipe == Recipe::row || weight.bias || factor != 1 || cap > 0) return false;
-    float* norms = program.scratch(worker).norms;
-    for (int row = rows.first; row < rows.past; ++row)
-        if (!((norms[row - rows.first] = screening_norm(x, row)) <= screening_limit)) return false;
-    return true;
+// Whether bounds of the products can be had, and are bounds of the logits.
+bool Head::bounded(const Activation& x) const {
+    return weight.weight->matrix.apart_bytes > 0 && x.recipe != Recipe::row && !weight.bias && factor == 1 && !(cap > 0);
 }
 
 // The best of the rank's columns, from the logits of the tiles that may hold it.
-void Head::multiply_screened(Program& program, Worker& worker, const Activation& x) const {
+void Head::multiply_screened(Program& program, Worker& worker, const Activation& x, const float* norms) const {
     const Range rows = input.rows(program, worker);
     const PackedMatrix& matrix = weight.weight->matrix;
     Scratch& scratch = program.scratch(worker);
-    const float* norms = scratch.norms - rows.first;
+    std::atomic<float>* shared = program.screening.least;
     float least[kScreenedRows];
-    auto each_least = [&](auto f) {
-        for (int i = 0; i < rows.count(); ++i) f(program.screening.least[i], least[i]);
-    };
     scratch.screened = 0;
     const int tiles = int(matrix.tiles());
     each_stretch(1, tiles, tiles, worker, [&](int, int first, int past, int next) {
@@ -260,11 +257,10 @@ void Head::multiply_screened(Program& program, Worker& worker, const Activation&
             float* y = scratch.tile - rows.first * tile_rows - column;
             const uint8_t* after = tile + 1 < past ? weight.weight->tile(tile + 1) : next >= 0 ? weight.weight->tile(next) : weights_after(worker);
             const Product product{&matrix, &x, y, tile_rows, nullptr, false, after};
-            each_least([](const std::atomic<float>& shared, float& own) { own = shared.load(std::memory_order_relaxed); });
-            if (!program.matrix.screen(product, rows.first, rows.past, tile, norms, least - rows.first)) continue;
-            each_least([](std::atomic<float>& shared, float own) {
-                if (own > shared.load(std::memory_order_relaxed)) shared.store(own, std::memory_order_relaxed);
-            });
+            for (int i = 0; i < rows.count(); ++i) least[i] = shared[i].load(std::memory_order_relaxed);
+            if (!program.matrix.screen(product, rows.first, rows.past, tile, norms - rows.first, least - rows.first)) continue;
+            for (int i = 0; i < rows.count(); ++i)
+                if (least[i] > shared[i].load(std::memory_order_relaxed)) shared[i].store(least[i], std::memory_order_relaxed);
             ++scratch.screened;
             program.matrix.multiply(product, rows.first, rows.past, tile, tile + 1);
             for (int row = rows.first; row < rows.past; ++row)

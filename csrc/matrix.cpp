@@ -192,29 +192,25 @@ HEADRACE_INLINE void read_plane(const uint8_t* plane, int bits, int shift, int n
     }
 }
 
-constexpr uint32_t kTwoBits = 0x03030303u;
+constexpr uint32_t kTwoBits = 0x03030303u;  // the lowest of each of four codes
 
-// The same for a group with two bits apart: 8 words of 4 codes.
-HEADRACE_INLINE void place_apart(uint8_t* planes, uint8_t* apart, int n, const uint8_t* codes) {
-    uint32_t words[8], low[2] = {};
+// The other bits of output n's 32 codes, where two bits are apart, to and from a group's lines.
+HEADRACE_INLINE void place_without_apart(uint8_t* lines, int n, const uint8_t* codes) {
+    uint32_t words[8];
     std::memcpy(words, codes, sizeof words);
-    for (int quad = 0; quad < 8; quad++) low[quad / 4] |= (words[quad] & kTwoBits) << quad % 4 * 2;
     for (int i = 0; i < 6; i++) {
         const uint32_t word = (words[i] & ~kTwoBits) | (words[6 + i / 3] >> (6 - i % 3 * 2) & kTwoBits);
-        std::memcpy(planes + 64 * i + 4 * n, &word, 4);
+        std::memcpy(lines + 64 * i + 4 * n, &word, 4);
     }
-    for (int i = 0; i < 2; i++) std::memcpy(apart + 64 * i + 4 * n, &low[i], 4);
 }
 
-HEADRACE_INLINE void read_apart(const uint8_t* planes, const uint8_t* apart, int n, uint8_t* codes) {
-    uint32_t words[8] = {}, low[2];
-    for (int i = 0; i < 2; i++) std::memcpy(&low[i], apart + 64 * i + 4 * n, 4);
+HEADRACE_INLINE void read_without_apart(const uint8_t* lines, int n, uint8_t* codes) {
+    uint32_t words[8] = {};
     for (int i = 0; i < 6; i++) {
         uint32_t word;
-        std::memcpy(&word, planes + 64 * i + 4 * n, 4);
+        std::memcpy(&word, lines + 64 * i + 4 * n, 4);
         words[i] = word & ~kTwoBits, words[6 + i / 3] |= (word & kTwoBits) << (6 - i % 3 * 2);
     }
-    for (int quad = 0; quad < 8; quad++) words[quad] |= low[quad / 4] >> quad % 4 * 2 & kTwoBits;
     std::memcpy(codes, words, sizeof words);
 }
 
@@ -242,7 +238,8 @@ HEADRACE_INLINE void place_block(const Layout& layout, uint8_t* super, uint8_t* 
     for (int g = 0; g < groups; g++) {
         uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         if (layout.apart_bits) {
-            place_apart(planes, apart + (first_group + g) * layout.apart_bytes(), n, block.codes + 32 * g);
+            place_without_apart(planes, n, block.codes + 32 * g);
+            place_plane(apart + (first_group + g) * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
             continue;
         }
         place_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
@@ -255,7 +252,8 @@ HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, con
     for (int g = 0; g < groups; g++) {
         const uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         if (layout.apart_bits) {
-            read_apart(planes, apart + (first_group + g) * layout.apart_bytes(), n, block.codes + 32 * g);
+            read_without_apart(planes, n, block.codes + 32 * g);
+            read_plane(apart + (first_group + g) * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
             continue;
         }
         std::memset(block.codes + 32 * g, 0, 32);
@@ -320,8 +318,8 @@ struct Slack {
         const double d = std::fabs(double(half_to_float(block.d[0]))), size = double(most) + 4 * d;
         bits += d * d * (32 * 0.25 + 2.0 * double(outer * 0x0101010101010101u >> 56)), weights += 32 * size * size;
     }
-    // Products and bounds are sums of at most 3 terms a group, each of them rounded at most 3 times; an estimate and a sum err apart, and a term
-    // is at most 2 * norm of the weights * norm of its part of x, of which screening_norm covers a quarter.
+    // Sums and estimates have at most 3 terms a group, and each term is rounded once for every addition after it and at most 3 times before. The
+    // two err apart, and a term is at most 2 * norm of the weights * norm of its part of x, of which screening_norm covers a quarter.
     float value(int64_t groups) const { return float((std::sqrt(bits) + std::sqrt(weights) * double(16 * (3 * groups + 8)) * 0x1p-24) * (1 + 0x1p-20)); }
 };
 
@@ -518,7 +516,7 @@ float screening_norm(const Activation& activation, int64_t row) {
         int32_t sum = 0, squares = 0;
         for (const int8_t code : block.codes) sum += code, squares += code * code;
         const double scale = block.scale, offset = block.offset, of_codes = scale * scale * squares;
-        whole += std::max(0.0, of_codes + 2 * scale * offset * sum + 32 * offset * offset);
+        whole += std::max(of_codes + 2 * scale * offset * sum + 32 * offset * offset, 0.0);  // NaN stays NaN
         parts += std::pow(std::sqrt(of_codes) + std::sqrt(32.0) * std::fabs(offset), 2);
     }
     return float(std::max(std::sqrt(whole), std::sqrt(parts) / 4) * (1 + 0x1p-20));

@@ -51,7 +51,7 @@ constexpr int64_t tile_rows = 16;
 // Inputs a block of the file holds: cols must be a multiple of it (1 for F32, F16, BF16).
 int64_t block_cols(Format format);
 
-// The format for a weight of which often the greatest result alone is asked for: reads fewer bytes then, where there is one. The file has `format`.
+// The form for a weight whose greatest result is often all that is asked for, where the file has `format`; `format` itself if there is none.
 constexpr Format screened_format(Format format) { return format == Format::Q8_0 ? Format::Q8_0_APART : format; }
 
 // Bytes of one row of `cols` weights in the file.
@@ -147,16 +147,17 @@ struct Kernels {
     // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; about 64 KiB of stack is used. Best cut: few rows,
     // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
     void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
-    // Of formats with bits apart, by Recipe::group or Recipe::shifted: false if all sums that multiply() gives for these rows of the tile are below
-    // lower[row]. Raises lower[row] to what a sum of the tile is not below. The bits apart are not read. norms[row]: screening_norm, which
-    // must be at most `screening_limit`.
+    // Of Q8_0_APART, by Recipe::group or Recipe::shifted: false if all sums of these rows and the tile, as multiply() makes them before it adds
+    // anything, are below lower[row]. Raises lower[row] to what a sum of the tile is not below. The bits apart are not read, nor y, bias or
+    // accumulate. norms[row]: screening_norm, for which `may_screen` must hold.
     bool (*screen)(const Product& product, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower);
 };
 
 // How far the bits apart may move a row's sums, as a factor of each output's slack (Recipe::group, Recipe::shifted): by Cauchy and Schwarz, the
 // norm of what the product takes for x. It covers the rounding of sums and bounds too.
 float screening_norm(const Activation& activation, int64_t row);
-constexpr float screening_limit = 1e12f;  // no sum overflows below it
+// Whether no sum overflows, and roundings are relative: sums of smaller x may be denormal. False for a NaN.
+constexpr bool may_screen(float norm) { return norm >= 1e-30f && norm <= 1e12f; }
 
 // The kernels of an instruction set that runs here (isa_runs).
 const Kernels& kernels(Isa isa);

@@ -95,10 +95,13 @@ inline Codes shifted(Codes a) {
 // Quad i of a group with two bits apart: the others, those apart being 0.
 template <int i>
 inline Codes quad_without_apart(const uint8_t* planes) {
-    if constexpr (i < 6) return load_codes(planes + 64 * i) & all_codes(0xFC);
-    const uint8_t* from = planes + (i - 6) * 192;
-    const Codes w = merge(left<6>(load_codes(from)) & all_codes(0xC0), left<4>(load_codes(from + 64)), all_codes(0x30));
-    return merge(w, left<2>(load_codes(from + 128)), all_codes(0x0C));
+    if constexpr (i < 6) {
+        return load_codes(planes + 64 * i) & all_codes(0xFC);
+    } else {
+        const uint8_t* from = planes + (i - 6) * 192;
+        const Codes w = merge(left<6>(load_codes(from)) & all_codes(0xC0), left<4>(load_codes(from + 64)), all_codes(0x30));
+        return merge(w, left<2>(load_codes(from + 128)), all_codes(0x0C));
+    }
 }
 
 // Quad i of a group: for each of 16 outputs the codes of inputs 4i to 4i + 3. `apart`: of formats with bits apart, the group's.
@@ -106,7 +109,7 @@ template <Format format, int i>
 inline Codes quad(const uint8_t* planes, const uint8_t* apart) {
     constexpr Layout layout = layout_of(format);
     constexpr int bits = layout.low_bits;
-    if constexpr (layout.apart_bits > 0) return merge(quad_without_apart<i>(planes), shifted<-(i % 4 * 2)>(load_codes(apart + i / 4 * 64)), all_codes(3));
+    if constexpr (layout.apart_bits > 0) return merge(quad_without_apart<i>(planes), shifted<-(i / 2 * 2)>(load_codes(apart + i % 2 * 64)), all_codes(3));
     Codes w;
     if constexpr (bits == 8) w = load_codes(planes + 64 * i);
     else w = shifted<-(i / bits * bits)>(load_codes(planes + i % bits * 64)) & all_codes((1 << bits) - 1);
@@ -381,9 +384,9 @@ struct Together {
     }
 };
 
-// `codes`: where formats with bits apart get them together.
+// Reads a tile's part of a block: its scales, and, of formats with bits apart, its codes.
 template <Format format, bool shifted>
-void read_scales(BlockScales<together(format), shifted>& to, int t, const PackedMatrix& matrix, int64_t tile, int64_t group0, int groups, Together* codes) {
+void read_block(BlockScales<together(format), shifted>& to, int t, const PackedMatrix& matrix, int64_t tile, int64_t group0, int groups, Together* codes) {
     constexpr Layout layout = layout_of(format);
     int in_super = int(group0 % layout.groups);
     const uint8_t* super = super_at<format>(matrix.data + size_t(tile) * matrix.tile_bytes, group0);
@@ -548,7 +551,7 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
     const int64_t blocks = (groups + block_groups - 1) / block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
-        for (int t = 0; t < 2; t++) read_scales<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
+        for (int t = 0; t < 2; t++) read_block<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
         const uint8_t* tiles = has_apart ? codes[0].tile : packed;
         const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
         const int64_t steps = (rows + block_rows - 1) / block_rows * (group1 - group0);

@@ -6,7 +6,7 @@
 // Codes of a group of 32 inputs are bit planes of the 8 quads, quad i being the 64 bytes [output n][j] of input 4i + j. A plane of b bits is
 // b x 64 bytes; quad i is in the (i % b)th 64, at bit i / b * b of every byte. 8-bit codes are signed, kept as code + 128.
 // With two bits apart, the others of quads 0 to 5 are the high bits of 64 bytes each, whose low bits are, from the highest, those of quad 6
-// (in the first three) and of quad 7. The bits apart are a plane of two bits in a place of their own after all tiles, groups ascending.
+// (in the first three) and of quad 7. The bits apart of all groups, a plane of two bits each, lie in a place of their own after all tiles.
 // Groups with one scale that is 0 hold codes of value 0 (but for IQ4_NL, which has none).
 // Scales are rows of 16, one for each output: fp16 d, or fp16 d and fp16 m, for every group; the K formats have fp16 d (and dmin) once
 // and a row of bytes (or two, with 16-wide groups; two more for their minima) for every group.

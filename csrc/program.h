@@ -180,29 +180,30 @@ struct Scratch {
     uint8_t* attention;
     float *state, *partial, *queries;
     std::vector<Best> best;  // [logits]
-    float norms[kScreenedRows];  // screening_norm of the head's rows
-    int screened = 0;            // tiles that screening did not spare
+    int screened = 0;        // tiles that screening did not spare
     uint64_t event = 0;      // the group's last event that this thread took part in
     std::vector<uint64_t> events;  // [reductions][halves]: theirs
     SampleScratch sampling;
     Routing routing;
 };
 
-// Whether the head screens: where it spared too little, not for a while, and each time for longer. What it computes is the same.
+// The head's screening. It decides what is read, never what is chosen.
 struct Screening {
-    int pause = 0, length = 1;  // steps
+    static constexpr int kLongest = 1024;
+    int pause = 0;   // steps that are not screened, because it did not pay
+    int length = 1;  // of the next pause: twice the last one's, until it pays again
     // What the best of each row is not below, as far as any thread knows. A raise that another overwrites costs time alone.
-    std::atomic<float> least[kScreenedRows] = {};
+    std::atomic<float> least[kScreenedRows];
 
     Screening() { forget(); }
     void forget() {
         for (std::atomic<float>& value : least) value.store(kNoBest.value, std::memory_order_relaxed);
     }
-    void note(bool screened, bool paid) {
+    void skipped() { pause = std::max(0, pause - 1); }
+    void done(bool paid) {
         forget();
-        if (!screened) pause = std::max(0, pause - 1);
-        else if (paid) length = 1;
-        else pause = length, length = std::min(2 * length, 1024);
+        pause = paid ? 0 : length;
+        length = paid ? 1 : std::min(2 * length, kLongest);
     }
 };
 

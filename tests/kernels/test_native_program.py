@@ -243,13 +243,13 @@ def test_broken_logits_are_reported() -> None:
     assert [i.kind for i in program.instructions] == ["head"]
 
 
-def head_alone(isa: str, source: np.ndarray, vocab: int, dim: int, limit: int = 16) -> native.NativeProgram:
+def head_alone(isa: str, source: np.ndarray, vocab: int, dim: int, threads: int = 2) -> native.NativeProgram:
     """Logits of hidden states, from a head of Q8_0."""
-    ops = NativeOps(2, isa)
+    ops = NativeOps(threads, isa)
     q8_0 = Tensor("w", (vocab, dim), TENSOR_TYPES["Q8_0"], source, Path("test"))
     matrix = ops.pack(q8_0, head=True)
     program = ops.capture(
-        lambda b: ops.linear(ops.take_rows(b.hidden, b.logit_rows), matrix), Limits(limit, limit, limit, 1, ()), dim
+        lambda b: ops.linear(ops.take_rows(b.hidden, b.logit_rows), matrix), Limits(16, 16, 16, 1, ()), dim
     )
     ops.finish_packing()
     return program
@@ -262,22 +262,20 @@ def best_and_logits(program: native.NativeProgram, hidden: np.ndarray) -> tuple[
     greedy = np.array([sample_spec(SamplingParams(temperature=0), 0, 0, -1)] * len(rows), native.SAMPLE)
     ticket = program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], greedy, hidden)
     chosen = ticket.result()[0].tolist()
-    logits = np.array([logits_spec()] * len(rows), native.SAMPLE)
-    return (
-        chosen,
-        ticket.spared_bytes,
-        program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], logits, hidden).result()[1].copy(),
-    )
+    every = np.array([logits_spec()] * len(rows), native.SAMPLE)
+    logits = program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], every, hidden).result()[1].copy()
+    return chosen, ticket.spared_bytes, logits
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_screened_head_chooses_the_best(isa: str) -> None:
+def test_a_screened_head_chooses_the_best(isa: str, threads: int) -> None:
     vocab, dim = 5000, 160  # the last tile and the last superblock are not full
     rng = np.random.default_rng(7)
     weights = rng.standard_normal((vocab, dim), dtype=np.float32)
     weights[3000], weights[4321], weights[4322] = weights[1000], weights[1234], weights[1234]  # ties
     source = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0).reshape(-1)
-    program = head_alone(isa, source, vocab, dim)
+    program = head_alone(isa, source, vocab, dim, threads)
     spared = []
     for rows in (1, 2, native._native.screened_rows, native._native.screened_rows + 1, 1):
         of = rng.choice([1000, 1234, *range(40)], rows)
@@ -291,11 +289,22 @@ def test_a_screened_head_chooses_the_best(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_head_where_nothing_can_be_spared(isa: str) -> None:
     vocab, dim = 512, 64
-    program = head_alone(isa, np.zeros(vocab * dim // 32 * 34, np.uint8), vocab, dim)  # all logits are 0
-    hidden = np.ones((1, dim), np.float32)
-    assert [best_and_logits(program, hidden)[:2] for _ in range(4)] == [([0], 0)] * 4
-    hidden[:] = np.nan
-    assert best_and_logits(program, hidden)[0] == [BROKEN_LOGITS]
+    source = np.zeros(vocab * dim // 32 * 34, np.uint8)  # all logits are 0
+    program, other = head_alone(isa, source, vocab, dim), head_alone(isa, source, vocab, dim)
+    assert [best_and_logits(program, np.ones((1, dim), np.float32))[:2] for _ in range(4)] == [([0], 0)] * 4
+    assert best_and_logits(other, np.full((1, dim), np.nan, np.float32))[0] == [BROKEN_LOGITS]
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-33])
+def test_tiny_hidden_states_are_not_screened_by_what_rounds_away(size: float) -> None:
+    vocab, dim = 4000, 64
+    rng = np.random.default_rng(8)
+    source = gguf.quants.quantize(rng.standard_normal((vocab, dim), dtype=np.float32), gguf.GGMLQuantizationType.Q8_0)
+    program = head_alone(ISAS[0], source.reshape(-1), vocab, dim)
+    for _ in range(8):
+        hidden = (size * rng.standard_normal((1, dim))).astype(np.float32)
+        chosen, _, logits = best_and_logits(program, hidden)
+        assert chosen == logits.argmax(axis=1).tolist()
 
 
 def test_the_number_of_screened_rows() -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from headrace.assemble import open_model
 from headrace.errors import ModelFileError, ModelNotFoundError
+from headrace.kernels.ops import SCREENED_ROWS
 from headrace.lab.info import describe, print_facts
-from headrace.model.weights import step_bytes
+from headrace.model.weights import spared_bytes, step_bytes
 
 
 def test_smollm2_as_it_is(smollm2, capsys):
@@ -53,6 +54,14 @@ def test_an_embedding_that_is_not_the_head_is_not_read_by_a_step(smollm2):
     embedding = model.file.tensors["token_embd.weight"].nbytes
     untied = replace(model.spec, tied=False)
     assert step_bytes(model.file, model.spec) - step_bytes(model.file, untied) == embedding
+    codes = model.spec.vocab_size * model.spec.dim
+    capped = replace(model.spec, logit_softcap=30.0)
+    assert [spared_bytes(model.file, model.spec, rows) for rows in (1, SCREENED_ROWS, SCREENED_ROWS + 1)] == [
+        codes // 4,
+        codes // 4,
+        0,
+    ]
+    assert spared_bytes(model.file, capped) == 0
 
 
 def test_a_bad_file(tmp_path, smollm2):

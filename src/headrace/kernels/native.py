@@ -258,7 +258,9 @@ class NativeOps:
         rows, cols = tensor.shape
         order = None if row_order is None else np.ascontiguousarray(row_order, np.int32)
         data = tensor.data  # asked for once: it may be made anew each time
-        weight = _native.pack(self._pool, self._arena, tensor.type.name, rows, cols, data, order, head)
+        weight = _native.pack(
+            self._pool, self._arena, tensor.type.name, rows, cols, data, order, head and not self.per_row
+        )
         self._sources.append(data)
         return weight
 

@@ -179,7 +179,7 @@ def measure(
         for index, test in enumerate(tests):
             rows = test.batch if test.new else min(test.prompt, llm.config.max_batch_tokens)
             screens = llm.config.kernels.startswith("native") and llm.config.activations != "row"
-            spared = spared_bytes(opened.file, opened.spec, rows) if screens else 0
+            spared = spared_bytes(opened.file, opened.spec, test.batch) if screens else 0
             read = step_bytes(opened.file, opened.spec, rows) - spared  # at least so much
             cost = cost_of(test, opened.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
             for rep in range(-1, reps):

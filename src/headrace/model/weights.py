@@ -95,7 +95,7 @@ def load_weights(
     wanted = {field for field in spec.table_shapes if (first if field in _START else last)}
     if last and spec.tied:
         wanted.add("embedding")
-    chosen = _Choice(spec, share)
+    chosen = _Choice(spec, share, _screened_field(spec) if last else None)
     found, packed = load_parts(source, spec, ops, family_of(source).layout(source, spec), layers, wanted, chosen)
     if last and spec.tied:  # the embedding's own Matrix where one range holds both
         found["head"] = found["embedding"] if first else found.pop("embedding")
@@ -114,17 +114,20 @@ def column_blocks(source: GGUFFile | Checkpoint, spec: ModelSpec) -> Blocks:
     return Blocks(widest("o"), widest("down", "downs"))
 
 
+def _screened_field(spec: ModelSpec) -> str | None:
+    """The field of the head, if its best product is the best logit."""
+    plain = spec.logit_scale == 1 and spec.logit_softcap is None
+    return ("embedding" if spec.tied else "head") if plain else None
+
+
 class _Choice:
     """What is taken of each weight: a share's rows and columns, or everything."""
 
-    def __init__(self, spec: ModelSpec | None = None, share: Share | None = None) -> None:
-        self._spec, self._share = spec, share
+    def __init__(self, spec: ModelSpec | None = None, share: Share | None = None, screened: str | None = None) -> None:
+        self._spec, self._share, self.screened = spec, share, screened
 
     def holds(self, field: str) -> bool:
         return self._share is None or self._share.holds(field)
-
-    def is_head(self, field: str) -> bool:
-        return self._spec is not None and field == ("embedding" if self._spec.tied else "head")
 
     def rows(self, part: _Part) -> np.ndarray | None:
         """The rows of its tensor that become the weight's, in order; None: all."""
@@ -197,9 +200,11 @@ def step_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) ->
 def spared_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> int:
     """Bytes of `step_bytes` that the native set may leave unread where `rows` sequences ask for their best token alone:
     the two lowest bits of a Q8_0 head (see csrc/matrix.h)."""
-    name = table_name(family_of(source).layout(source, spec), "embedding" if spec.tied else "head")
-    screened = rows <= SCREENED_ROWS and source.tensors[name].type.name == "Q8_0"
-    return spec.vocab_size * spec.dim // 4 if screened else 0
+    field = _screened_field(spec)
+    if field is None or rows > SCREENED_ROWS:
+        return 0
+    tensor = source.tensors[table_name(family_of(source).layout(source, spec), field)]
+    return spec.vocab_size * spec.dim // 4 if tensor.type.name == "Q8_0" else 0
 
 
 def layer_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> tuple[int, ...]:
@@ -244,7 +249,7 @@ class _Loader:
     def _pack(self, tensor: Tensor, part: _Part) -> Future[Any]:
         def pack() -> Any:
             own, rows = self._choice.cut(part.field, tensor, self._choice.rows(part))
-            return self._ops.pack(own.check_weights(), rows, self._choice.is_head(part.field))
+            return self._ops.pack(own.check_weights(), rows, part.field == self._choice.screened)
 
         return self._pool.submit(pack)
 
