@@ -434,11 +434,13 @@ struct Ahead {
         apart = at + lines * index / parts * 64, past_apart = at + lines * (index + 1) / parts * 64;
         apart_bytes = ((past_apart - apart) / 64 + steps - 1) / steps * 64;
     }
+    // Into which cache: the first, where it has room, since prefetches into the second keep loads waiting.
+    template <int level>
     void step() {
-        for (int64_t i = 0; i < apart_bytes && apart < past_apart; i += 64, apart += 64) _mm_prefetch((const char*)apart, _MM_HINT_T0);
+        for (int64_t i = 0; i < apart_bytes && apart < past_apart; i += 64, apart += 64) __builtin_prefetch(apart, 0, 4 - level);
         if (left <= 0) return;
         for (int64_t i = 0; i < bytes; i += 64)
-            for (int t = 0; t < 2; t++) _mm_prefetch((const char*)at + i + t * tile_bytes, _MM_HINT_T0);
+            for (int t = 0; t < 2; t++) __builtin_prefetch(at + i + t * tile_bytes, 0, 4 - level);
         at += bytes, left -= bytes;
     }
 };
@@ -463,7 +465,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     const uint8_t* planes = super_at<format>(tile, group0) + in_super * layout.group_bytes();
     for (int g = 0; g < groups; g++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
         if (in_super++ == layout.groups) planes += layout.super_bytes() - layout.scales_at(), in_super = 1;
-        ahead.step();
+        ahead.step<1>();
         const uint8_t* upper = x + 3 * stride;  // so that few registers address all rows
         auto block = [&](int r) -> const GroupBlock& {
             return *reinterpret_cast<const GroupBlock*>(r < 3 ? x + r * stride : upper + (r - 3) * stride);
@@ -649,7 +651,7 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, co
     for (int r = 0; r < R; r++)
         for (int t = 0; t < 2; t++) sum[r][t] = load_ints(partial + (r * 2 + t) * 16);
     for (int g = 0; g < groups; g++, x += 32) {
-        ahead.step();
+        ahead.step<2>();
         const uint8_t* rows[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride};
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
