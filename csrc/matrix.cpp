@@ -233,13 +233,13 @@ HEADRACE_INLINE void visit_scales(const Layout& layout, uint8_t* super, int n, i
     }
 }
 
-// `apart`: of the superblock's first group.
+// `apart`: bits apart, of the first of the groups.
 HEADRACE_INLINE void place_block(const Layout& layout, uint8_t* super, uint8_t* apart, int n, int first_group, int groups, Block& block) {
     for (int g = 0; g < groups; g++) {
         uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         if (layout.apart_bits) {
             place_without_apart(planes, n, block.codes + 32 * g);
-            place_plane(apart + (first_group + g) * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
+            place_plane(apart + g * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
             continue;
         }
         place_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
@@ -253,7 +253,7 @@ HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, con
         const uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         if (layout.apart_bits) {
             read_without_apart(planes, n, block.codes + 32 * g);
-            read_plane(apart + (first_group + g) * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
+            read_plane(apart + g * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
             continue;
         }
         std::memset(block.codes + 32 * g, 0, 32);
@@ -356,7 +356,7 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
                 visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
             } else {
                 neutralise(layout, block, groups);
-                place_block(layout, super, apart + g / layout.groups * layout.groups * layout.apart_bytes(), n, first, groups, block);
+                place_block(layout, super, apart + g * layout.apart_bytes(), n, first, groups, block);
                 if constexpr (layout.apart_bits > 0) slack.add(block, here);
             }
         }
@@ -482,9 +482,8 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
         constexpr int groups = file_groups(layout);
         Block block;
         for (int64_t g = 0; g < matrix.cols / 32; g += groups) {
-            const int64_t in_tile = g / layout.groups;
-            const uint8_t* super = packed + layout.tile_head_bytes() + in_tile * layout.super_bytes();
-            read_placed(layout, super, apart + in_tile * layout.groups * layout.apart_bytes(), n, int(g % layout.groups), groups, block);
+            const uint8_t* super = packed + layout.tile_head_bytes() + g / layout.groups * layout.super_bytes();
+            read_placed(layout, super, apart + g * layout.apart_bytes(), n, int(g % layout.groups), groups, block);
             block_values(layout, block, groups, out + 32 * g);
         }
     });
