@@ -346,7 +346,7 @@ bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const fl
 
 constexpr int scale_classes = 1 << (scale_bits - 1);  // significands of an activation's scale
 
-// The scales and minima of a block of inputs of two tiles. Where they are added, scale[c] holds d * s of each class of s, less the bits of
+// The scales and minima of a block of inputs of two tiles. Where they are added, of[t][c] holds d * s of each class of s, less the bits of
 // s's significand, so that adding the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication
 // has none. It cannot keep a zero, but where d is 0 the codes are of value 0 (matrix_layout.h), and any number does.
 template <Format format, bool shifted>
@@ -354,7 +354,7 @@ struct BlockScales {
     static constexpr Layout layout = layout_of(format);
     static constexpr bool added = !layout.halves && !layout.table;
     static constexpr int rows = added ? scale_classes : layout.halves ? 2 : 1;
-    struct Group { float scale[2][rows][16]; };
+    struct Group { float of[2][rows][16]; };
     struct Minima { float m[2][layout.halves ? 2 : 1][16]; };
     alignas(64) Group group[block_groups];
     alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
@@ -366,6 +366,12 @@ inline __m512i broadcast(const float* p) {
     __m512i all;
     asm("vpbroadcastd %1, %0" : "=v"(all) : "m"(*p));
     return all;
+}
+
+// The row of `rows` for the class of a scale, whose significand's bits after the first are two of its third byte. In few instructions.
+inline const void* of_class(const float (&rows)[scale_classes][16], const float& scale) {
+    static_assert(scale_bits == 3 && sizeof rows[0] == 2 * 0x20);
+    return reinterpret_cast<const uint8_t*>(rows) + 2 * size_t(reinterpret_cast<const uint8_t*>(&scale)[2] & 0x60);
 }
 
 inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
@@ -403,12 +409,12 @@ void read_block(BlockScales<together(format), shifted>& to, int t, const PackedM
         }
         in_super++;
         if constexpr (!to.added) {
-            for (int h = 0; h <= layout.halves; h++) store(to.group[g].scale[t][h], d[h]);
+            for (int h = 0; h <= layout.halves; h++) store(to.group[g].of[t][h], d[h]);
         } else {
             const __mmask16 nonzero = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
             for (int c = 0; c < scale_classes; c++) {
                 const Floats significand = all(1 + float(c) / scale_classes);
-                _mm512_store_si512(to.group[g].scale[t][c], _mm512_maskz_sub_epi32(nonzero, as_bits(d[0] * significand), as_bits(significand)));
+                _mm512_store_si512(to.group[g].of[t][c], _mm512_maskz_sub_epi32(nonzero, as_bits(d[0] * significand), as_bits(significand)));
             }
         }
         if constexpr (layout.has_min())
@@ -416,32 +422,35 @@ void read_block(BlockScales<together(format), shifted>& to, int t, const PackedM
     }
 }
 
-// Packed weights that will be needed next, a block of each tile: asked for step by step, a step being one group of one row block.
+// Packed weights that will be needed next, a block of each of two tiles: asked for step by step, a step being one group of one row block.
 struct Ahead {
-    const uint8_t* at;
-    int64_t tile_bytes, left;  // bytes
-    int64_t bytes;             // a step
-    const uint8_t *apart = nullptr, *past_apart = nullptr;  // bits apart, which lie together
-    int64_t apart_bytes = 0;                                // a step
+    const uint8_t *at, *past;  // of the first tile
+    int64_t tile_bytes, bytes;  // a step
 
     static Ahead block(const uint8_t* at, size_t tile_bytes, int64_t blocks, int64_t steps) {
         const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
-        return {at, int64_t(tile_bytes), lines * 64, (lines + steps - 1) / steps * 64};
-    }
-    // And, in as many steps, part `index` of `parts` of the bits apart that two tiles have from `at` on.
-    void add_apart(const uint8_t* at, int64_t bytes, int64_t index, int64_t parts, int64_t steps) {
-        const int64_t lines = 2 * bytes / 64;
-        apart = at + lines * index / parts * 64, past_apart = at + lines * (index + 1) / parts * 64;
-        apart_bytes = ((past_apart - apart) / 64 + steps - 1) / steps * 64;
+        return {at, at + lines * 64, int64_t(tile_bytes), (lines + steps - 1) / steps * 64};
     }
     // Into which cache: the first, where it has room, since prefetches into the second keep loads waiting.
     template <int level>
     void step() {
-        for (int64_t i = 0; i < apart_bytes && apart < past_apart; i += 64, apart += 64) __builtin_prefetch(apart, 0, 4 - level);
-        if (left <= 0) return;
-        for (int64_t i = 0; i < bytes; i += 64)
-            for (int t = 0; t < 2; t++) __builtin_prefetch(at + i + t * tile_bytes, 0, 4 - level);
-        at += bytes, left -= bytes;
+        if (at >= past) return;
+        for (const uint8_t* const to = at + bytes; at < to; at += 64)
+            __builtin_prefetch(at, 0, 4 - level), __builtin_prefetch(at + tile_bytes, 0, 4 - level);
+    }
+};
+
+// Bits apart of the two tiles from `at` on, which lie together: part `index` of `parts` is asked for, in as many steps.
+struct ApartAhead {
+    const uint8_t *at, *past;
+    int64_t bytes;  // a step
+
+    static ApartAhead part(const uint8_t* at, size_t tile_bytes, int64_t index, int64_t parts, int64_t steps) {
+        const int64_t lines = 2 * int64_t(tile_bytes) / 64, first = lines * index / parts, past = lines * (index + 1) / parts;
+        return {at + first * 64, at + past * 64, (past - first + steps - 1) / steps * 64};
+    }
+    void step() {
+        for (const uint8_t* const to = std::min(past, at + bytes); at < to; at += 64) __builtin_prefetch(at, 0, 3);
     }
 };
 
@@ -450,8 +459,9 @@ struct Ahead {
 template <Format format, bool shifted, int R>
 __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scales, const uint8_t* tile, int64_t tile_bytes, int64_t group0, int groups,
                                         const uint8_t* x, int64_t stride, float* partial, bool first, bool last, const Output (&out)[2],
-                                        Ahead& ahead) {
+                                        Ahead& shared_ahead) {
     constexpr Layout layout = layout_of(format);
+    Ahead ahead = shared_ahead;  // in registers
     Floats acc[R][2];
     if (first)
 #pragma GCC unroll 8
@@ -463,7 +473,8 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
             for (int t = 0; t < 2; t++) acc[r][t] = load(partial + (r * 2 + t) * 16);
     int in_super = int(group0 % layout.groups);
     const uint8_t* planes = super_at<format>(tile, group0) + in_super * layout.group_bytes();
-    for (int g = 0; g < groups; g++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
+    const typename BlockScales<format, shifted>::Group* scale = scales.group;
+    for (int g = 0; g < groups; g++, scale++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
         if (in_super++ == layout.groups) planes += layout.super_bytes() - layout.scales_at(), in_super = 1;
         ahead.step<1>();
         const uint8_t* upper = x + 3 * stride;  // so that few registers address all rows
@@ -506,14 +517,10 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
                 for (int t = 0; t < 2; t++) {
-                    Floats scale;
-                    if constexpr (!BlockScales<format, shifted>::added) {
-                        scale = load(scales.group[g].scale[t][half]) * all(block(r).scale);
-                    } else {
-                        const uint32_t which = uint32_t(load_word(&block(r).scale)) >> (23 - (scale_bits - 1)) & (scale_classes - 1);
-                        scale.v = _mm512_castsi512_ps(_mm512_add_epi32(broadcast(&block(r).scale), _mm512_load_si512(scales.group[g].scale[t][which])));
-                    }
-                    acc[r][t] = fused(scale, to_floats(sum[r][t]), acc[r][t]);
+                    Floats product;  // d * s
+                    if constexpr (!BlockScales<format, shifted>::added) product = load(scale->of[t][half]) * all(block(r).scale);
+                    else product.v = _mm512_castsi512_ps(_mm512_add_epi32(broadcast(&block(r).scale), _mm512_load_si512(of_class(scale->of[t], block(r).scale))));
+                    acc[r][t] = fused(product, to_floats(sum[r][t]), acc[r][t]);
                 }
         };
         begin(0);
@@ -527,6 +534,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
         }
         finish(layout.halves);
     }
+    shared_ahead = ahead;
     if (last) {
 #pragma GCC unroll 2
         for (int t = 0; t < 2; t++)
@@ -545,7 +553,7 @@ template <Format format, bool shifted>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
     constexpr bool has_apart = layout_of(format).apart_bits > 0;
     const PackedMatrix& w = *p.weight;
-    const int64_t groups = w.cols / 32, rows = row1 - row0;
+    const int64_t groups = w.cols / 32, rows = row1 - row0, row_blocks = (rows + block_rows - 1) / block_rows;
     BlockScales<together(format), shifted> scales;
     alignas(64) float partial[partial_rows * 2 * 16];
     Together codes[has_apart ? 2 : 1];
@@ -556,10 +564,10 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
         for (int t = 0; t < 2; t++) read_block<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
         const uint8_t* tiles = has_apart ? codes[0].tile : packed;
         const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
-        const int64_t steps = (rows + block_rows - 1) / block_rows * (group1 - group0);
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks, steps);
-        if constexpr (has_apart) ahead.add_apart(apart_at<format>(w, tile + 2, 0), int64_t(w.apart_bytes), b, blocks, steps);
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks, row_blocks * (group1 - group0));
+        ApartAhead apart_ahead = ApartAhead::part(apart_at<format>(w, tile + 2, 0), w.apart_bytes, b, blocks, row_blocks);
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
+            apart_ahead.step();
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<block_rows>(int(count), [&]<int R>() {
                 run_rows<together(format), shifted, R>(scales, tiles, stride, has_apart ? 0 : group0, int(group1 - group0),
@@ -645,7 +653,8 @@ struct RowCodes {  // of a block of inputs of two tiles
 };
 
 template <int R>
-__attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, const uint8_t* x, int64_t stride, int32_t* partial, Ahead& ahead) {
+__attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, const uint8_t* x, int64_t stride, int32_t* partial, Ahead& shared_ahead) {
+    Ahead ahead = shared_ahead;  // in registers
     Ints sum[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
@@ -664,6 +673,7 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, co
             }
         }
     }
+    shared_ahead = ahead;
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++)
         for (int t = 0; t < 2; t++) store_ints(partial + (r * 2 + t) * 16, sum[r][t]);
