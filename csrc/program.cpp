@@ -148,7 +148,6 @@ void Program::finish(SlotId hidden, SlotId output) {
     hidden_ = hidden, output_ = output;
     for (size_t i = 0; i < instructions_.size(); ++i) instructions_[i]->next = instructions_[(i + 1) % instructions_.size()].get();
     for (const auto& instruction : instructions_) row_cost_ += instruction->row_cost() / double(instructions_.size());
-    if (row_cost_ > kLargeProduct) share_rows_ = kShareRowsOfLarge;
     int widest = 0, most_blocks = 1;
     for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
     if (!own_keys_.empty()) {
@@ -350,7 +349,8 @@ void Program::share_out(Step& step) const {
     const int cut = halved ? rows / 2 / 16 * 16 : rows;
     step.halves = {{0, cut}};
     if (halved) step.halves.push_back({cut, rows});
-    if (!parts_ || cut < share_rows_ * threads || (threads == 1 && !halved)) return;
+    const bool pays = row_cost_ <= kLargeProduct && cut >= kShareRows * threads;
+    if (!parts_ || !pays || (threads == 1 && !halved)) return;
     double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)
         if (instruction->space(*this) == RowSpace::all) of_a_row += instruction->row_cost(), of_a_key += kAttentionCost * instruction->key_cost();

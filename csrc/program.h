@@ -55,8 +55,8 @@ struct KvPool {
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
 constexpr int kPrivateRows = 2;
 // With so many rows for each thread, every thread takes its own through all layers: each then reads and unpacks all weights, but what it
-// computes stays in its own caches, and it waits for nobody. Large products last so much longer than a wait that only many rows make up for it.
-constexpr int kShareRows = 16, kShareRowsOfLarge = 128;
+// computes stays in its own caches, and it waits for nobody. Large products last so much longer than a wait that it never pays.
+constexpr int kShareRows = 16;
 constexpr double kLargeProduct = 4e6;  // operations for a row, as an instruction's average
 // An instruction's average operations in steps that may begin without the first thread: the others wait for the end of one for it to come.
 constexpr double kLedCost = 1.3e8;
@@ -323,7 +323,6 @@ class Program {
     std::vector<int> page_sizes_;
     std::vector<std::unique_ptr<Instruction>> instructions_;
     bool parts_ = true;  // all instructions do
-    int share_rows_ = kShareRows;
     double row_cost_ = 0;  // an instruction's, on average
     std::shared_ptr<Group> group_;
     std::atomic<int> posting_[2 * GroupLayout::buffers] = {};  // of event n at n % their number: threads that work apart and have called post
