@@ -193,9 +193,9 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     std::fill(scratch.best.begin() + rows.first, scratch.best.begin() + rows.past, kNoBest);
     Group* group = program.group().get();
     float norms[kScreenedRows];
-    bool may = !keep && rows.count() <= kScreenedRows && bounded(activations[0]);
-    for (int i = 0; may && i < rows.count(); ++i) may = may_screen(norms[i] = screening_norm(activations[0], rows.first + i));
-    const bool screened = may && program.screening.pause == 0;
+    const bool may = !keep && rows.count() <= kScreenedRows && bounded(activations[0]);
+    bool screened = may && program.screening.pause == 0;
+    for (int i = 0; screened && i < rows.count(); ++i) screened = may_screen(norms[i] = screening_norm(activations[0], rows.first + i));
     if (screened) multiply_screened(program, worker, activations[0], norms);
     else multiply(program, worker, activations, !keep ? nullptr : group ? group->logits(group->rank, 0) : all.data, group ? group->sizes.columns : all.width);
     worker.barrier();

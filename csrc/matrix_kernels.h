@@ -440,19 +440,10 @@ struct Ahead {
     }
 };
 
-// Bits apart of the two tiles from `at` on, which lie together: part `index` of `parts` is asked for, in as many steps.
-struct ApartAhead {
-    const uint8_t *at, *past;
-    int64_t bytes;  // a step
-
-    static ApartAhead part(const uint8_t* at, size_t tile_bytes, int64_t index, int64_t parts, int64_t steps) {
-        const int64_t lines = 2 * int64_t(tile_bytes) / 64, first = lines * index / parts, past = lines * (index + 1) / parts;
-        return {at + first * 64, at + past * 64, (past - first + steps - 1) / steps * 64};
-    }
-    void step() {
-        for (const uint8_t* const to = std::min(past, at + bytes); at < to; at += 64) __builtin_prefetch(at, 0, 3);
-    }
-};
+// Asks for part [first, past) of `parts` of the lines from `at` on.
+inline void ask_for(const uint8_t* at, int64_t lines, int64_t first, int64_t past, int64_t parts) {
+    for (int64_t line = lines * first / parts; line < lines * past / parts; line++) prefetch(at + 64 * line);
+}
 
 // Adds `groups` groups from group0 on of two tiles to the sums of R rows. The sums start at 0 where this is the first block of inputs, and go
 // to `out` where it is the last; between blocks they wait in `partial`.
@@ -553,7 +544,7 @@ template <Format format, bool shifted>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
     constexpr bool has_apart = layout_of(format).apart_bits > 0;
     const PackedMatrix& w = *p.weight;
-    const int64_t groups = w.cols / 32, rows = row1 - row0, row_blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t groups = w.cols / 32, rows = row1 - row0;
     BlockScales<together(format), shifted> scales;
     alignas(64) float partial[partial_rows * 2 * 16];
     Together codes[has_apart ? 2 : 1];
@@ -564,10 +555,11 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
         for (int t = 0; t < 2; t++) read_block<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
         const uint8_t* tiles = has_apart ? codes[0].tile : packed;
         const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks, row_blocks * (group1 - group0));
-        ApartAhead apart_ahead = ApartAhead::part(apart_at<format>(w, tile + 2, 0), w.apart_bytes, b, blocks, row_blocks);
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
+                                   (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
-            apart_ahead.step();
+            if constexpr (has_apart)  // the bits apart of two tiles lie together
+                ask_for(apart_at<format>(w, tile + 2, 0), 2 * int64_t(w.apart_bytes) / 64, b * rows + first, b * rows + first + count, blocks * rows);
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<block_rows>(int(count), [&]<int R>() {
                 run_rows<together(format), shifted, R>(scales, tiles, stride, has_apart ? 0 : group0, int(group1 - group0),
