@@ -157,12 +157,15 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 
 // ---- reading ahead
 
-// Fetches what the next unit reads, a little with each word of this one's products: memory is busy while the core computes, and a core drops
-// what it is asked for faster than memory gives. Newest keys come first: the next unit writes among them.
+// Fetches what the next unit reads, evenly over this one's work: memory is busy while the core computes, and a core drops what it is asked for
+// faster than memory gives. Newest keys come first: the next unit writes among them.
 class Fetcher {
   public:
-    Fetcher(const AttentionCall& call, const Ahead& ahead) : call_(call), ahead_(ahead), position_((ahead.past - 1) / kTile * kTile) {
+    // `calls`: how often some() will be called, about.
+    Fetcher(const AttentionCall& call, const Ahead& ahead, size_t calls) : call_(call), ahead_(ahead), position_((ahead.past - 1) / kTile * kTile) {
         if (ahead.past == ahead.first) position_ = -1;
+        const size_t lines = size_t(ahead.past - ahead.first + kTile - 1) / kTile * call.layout->tile_bytes / 64;
+        bytes_ = std::min<size_t>(kMostLines, (lines + calls - 1) / calls) * 64;
     }
 
     void some() {
@@ -172,7 +175,7 @@ class Fetcher {
             const int page = position_ / layout.page_size;
             tile_ = kv_tile(layout, call_.cache, int64_t(ahead_.pages[page]) * layout.page_size + position_ % layout.page_size, ahead_.kv_head);
         }
-        const size_t past = at_ + kBytes < layout.tile_bytes ? at_ + kBytes : layout.tile_bytes;
+        const size_t past = at_ + bytes_ < layout.tile_bytes ? at_ + bytes_ : layout.tile_bytes;
         for (; at_ < past; at_ += 64) prefetch(tile_ + at_);
         if (past < layout.tile_bytes) return;
         at_ = 0;
@@ -180,12 +183,12 @@ class Fetcher {
     }
 
   private:
-    static constexpr size_t kBytes = 5 * 64;  // more than a unit's size over its words
+    static constexpr size_t kMostLines = 5;
 
     const AttentionCall& call_;
     const Ahead& ahead_;
     int position_;
-    size_t at_ = 0;
+    size_t bytes_, at_ = 0;
     const uint8_t* tile_ = nullptr;
 };
 
@@ -272,19 +275,18 @@ HEADRACE_APART void value_tile_bytes(const uint8_t* p, const float* factors, con
     Words high[NQ][NV], low[NQ][NV];
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
-    for (int t = 0; t < tiles; ++t) {
-        const uint32_t* row = values[t] + column;
-        for (int w = 0; w < kTile / 4; ++w, row += dim) {
-            fetcher.some();
-            Words value[NV];
-            HEADRACE_UNROLL for (int v = 0; v < NV; ++v) value[v] = load_words(row + v * kLanes);
-            HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
-                const uint32_t* weights = (const uint32_t*)(p + i * 2 * kSplit) + t * (kTile / 4) + w;
-                const Words upper = all_words(weights[0]), lower = all_words(weights[kSplit / 4]);
-                HEADRACE_UNROLL for (int v = 0; v < NV; ++v) {
-                    high[i][v] = dot_bytes(high[i][v], upper, value[v]);
-                    low[i][v] = dot_bytes(low[i][v], lower, value[v]);
-                }
+    const uint32_t* row = nullptr;
+    for (int w = 0; w < tiles * (kTile / 4); ++w, row += dim) {  // one loop: of two nested ones GCC stores the sums again and again
+        if (w % (kTile / 4) == 0) row = values[w / (kTile / 4)] + column;
+        fetcher.some();
+        Words value[NV];
+        HEADRACE_UNROLL for (int v = 0; v < NV; ++v) value[v] = load_words(row + v * kLanes);
+        HEADRACE_UNROLL for (int i = 0; i < NQ; ++i) {
+            const uint32_t* weights = (const uint32_t*)(p + i * 2 * kSplit) + w;
+            const Words upper = all_words(weights[0]), lower = all_words(weights[kSplit / 4]);
+            HEADRACE_UNROLL for (int v = 0; v < NV; ++v) {
+                high[i][v] = dot_bytes(high[i][v], upper, value[v]);
+                low[i][v] = dot_bytes(low[i][v], lower, value[v]);
             }
         }
     }
@@ -371,10 +373,12 @@ inline void each_unseen(Seen seen, int first, int past, F f) {
 // Finishes the scores of one query in the tiles that it sees, in place: arguments of 2^x, -inf where it does not look. Gives the greatest.
 // `distance`: from the query to the block's start.
 template <class S>
-inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, const Tiles& tiles) {
+inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, const Tiles& tiles,
+                           Fetcher& fetcher) {
     const Floats none = all(-INFINITY);
     Floats best = none;
     each_seen(seen, [&](int t, Seen lanes) {
+        fetcher.some();
         Floats s = load(row + t * kTile);
         if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
         if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
@@ -392,10 +396,11 @@ inline float finish_scores(const AttentionCall& call, float* row, Seen seen, flo
 // Finished scores of one query become weights p, in place; gives their sum. As bytes they take their values' scales too, and `most` becomes
 // the greatest; as others they become 0 where it does not look.
 template <class S>
-inline float weigh(float* row, Seen seen, float m, int first_tile, int past_tile, const Tiles& tiles, float* most) {
+inline float weigh(float* row, Seen seen, float m, int first_tile, int past_tile, const Tiles& tiles, float* most, Fetcher& fetcher) {
     const Floats top = all(m);
     Floats total = zero(), greatest_weight = zero();
     each_seen(seen, [&](int t, Seen lanes) {
+        fetcher.some();
         const Floats p = exp2(load(row + t * kTile) - top);
         total = total + p;
         if constexpr (S::kBytes) {
@@ -412,11 +417,14 @@ inline float weigh(float* row, Seen seen, float m, int first_tile, int past_tile
 }
 
 // Weights of one query as 16-bit fractions of the greatest one, `most`, high bytes first; returns that one's step.
-inline float fractions(const float* row, Seen seen, float most, int first_tile, int past_tile, uint8_t* bytes) {
+inline float fractions(const float* row, Seen seen, float most, int first_tile, int past_tile, uint8_t* bytes, Fetcher& fetcher) {
     constexpr float steps = 65535;
     const Floats factor = all(most > 0 ? steps / most : 0.0f);
     auto put = [&](int t, Floats fraction) { store_bytes(bytes + kSplit + t * kTile, bytes + t * kTile, to_ints(fraction)); };
-    each_seen(seen, [&](int t, Seen) { put(t, min(load(row + t * kTile) * factor, all(steps))); });
+    each_seen(seen, [&](int t, Seen) {
+        fetcher.some();
+        put(t, min(load(row + t * kTile) * factor, all(steps)));
+    });
     each_unseen(seen, first_tile, past_tile, [&](int t) { put(t, zero()); });
     return most / steps;
 }
@@ -449,7 +457,8 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     Tiles tiles;
     find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
 
-    Fetcher fetcher(call, ahead);
+    const int calls_a_tile = ((count + S::kTile - 1) / S::kTile) * dim * (kTile + kLanes) / (W * kLanes * kTileVectors) + count * (S::kBytes ? 3 : 2);
+    Fetcher fetcher(call, ahead, size_t(past - first) * size_t(calls_a_tile));
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {
         if (S::kExpanded || count > S::kTile || t >= past) return;
@@ -481,10 +490,11 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     // Pass by pass over all queries: one's last sum is then added up while the next one's are computed.
     float factors[kQueries];
     auto row = [&](int i) { return scratch.scores + i * kScoreStride; };
-    for (int i = 0; i < count; ++i) m[i] = finish_scores<S>(call, row(i), seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], tiles);
-    for (int i = 0; i < count; ++i) l[i] = weigh<S>(row(i), seen[i], m[i], first, past, tiles, factors + i);
+    for (int i = 0; i < count; ++i)
+        m[i] = finish_scores<S>(call, row(i), seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], tiles, fetcher);
+    for (int i = 0; i < count; ++i) l[i] = weigh<S>(row(i), seen[i], m[i], first, past, tiles, factors + i, fetcher);
     if constexpr (S::kBytes)
-        for (int i = 0; i < count; ++i) factors[i] = fractions(row(i), seen[i], factors[i], first, past, scratch.bytes + i * 2 * kSplit);
+        for (int i = 0; i < count; ++i) factors[i] = fractions(row(i), seen[i], factors[i], first, past, scratch.bytes + i * 2 * kSplit, fetcher);
 
     const int tokens = high - first * kTile;
     int column = 0;

@@ -440,12 +440,13 @@ void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan,
     const KvLayout& layout = *call.layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
     Scratch& scratch = program.scratch(worker);
-    const Ahead nothing{nullptr, 0, 0, 0};
     kernels.prepare(call, queries.vectors, unit.count, scratch.attention);
     if (unit.join < 0) {
         for (int block = unit.first_block; block < unit.past_block; ++block) {
             float* part = block == unit.first_block ? scratch.state : scratch.partial;
-            kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : nothing, scratch.attention, part);
+            const int next = (block + 1) * kSplit;
+            const Ahead own{call.pages, unit.kv_head, next, std::max(next, std::min(next + kSplit, queries.positions[unit.count - 1] + 1))};
+            kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : own, scratch.attention, part);
             if (part == scratch.partial) kernels.merge(scratch.state, part, unit.count, layout.dim, false);
         }
         kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
