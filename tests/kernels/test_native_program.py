@@ -238,7 +238,7 @@ def test_broken_logits_are_reported() -> None:
     greedy = np.array([sample_spec(SamplingParams(temperature=0), 0, 0, -1)] * 2, native.SAMPLE)
     rows = np.arange(2, dtype=np.int32)
     ticket = program.submit(np.zeros(0, np.int32), rows, np.array([0, 2], np.int32), rows, [], greedy, hidden)
-    assert ticket.result()[0].tolist() == [BROKEN_LOGITS, BROKEN_LOGITS]
+    assert ticket.result()[0] == [BROKEN_LOGITS, BROKEN_LOGITS]
     table[17, 3] = 1
     assert [i.kind for i in program.instructions] == ["head"]
 
@@ -261,7 +261,7 @@ def best_and_logits(program: native.NativeProgram, hidden: np.ndarray) -> tuple[
     chunks = np.array([0, len(hidden)], np.int32)
     greedy = np.array([sample_spec(SamplingParams(temperature=0), 0, 0, -1)] * len(rows), native.SAMPLE)
     ticket = program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], greedy, hidden)
-    chosen = ticket.result()[0].tolist()
+    chosen = ticket.result()[0]
     every = np.array([logits_spec()] * len(rows), native.SAMPLE)
     logits = program.submit(np.zeros(0, np.int32), rows, chunks, rows, [], every, hidden).result()[1].copy()
     return chosen, ticket.spared_bytes, logits

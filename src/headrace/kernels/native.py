@@ -122,6 +122,9 @@ class NativeCache:
     layer: int
 
 
+_NOTHING = np.empty(0, np.float32)
+
+
 class Ticket:
     """A step that was queued."""
 
@@ -133,8 +136,8 @@ class Ticket:
     def done(self) -> bool:
         return self._ticket.done()
 
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait, without holding the interpreter. Gives the chosen tokens, int32 [logit rows], and float32 [n, width].
+    def result(self) -> tuple[list[int], np.ndarray]:
+        """Wait, without holding the interpreter. Gives the chosen tokens, one a logit row, and float32 [n, width].
 
         The latter is the logits of the rows that asked for them, in order; or the output, where a program does not end
         in logits. Raises EngineDeadError where the group of ranks was aborted meanwhile.
@@ -143,7 +146,8 @@ class Ticket:
         if self._ticket.failed:
             why = f" ({self._group.failure})" if self._group.failure else ""
             raise EngineDeadError(f"the step has no result: its group of ranks was aborted{why}; start the ranks anew")
-        return self._ticket.chosen(), self._ticket.output().reshape(-1, self._width)
+        values = self._ticket.output() if self._ticket.has_output() else _NOTHING
+        return self._ticket.chosen(), values.reshape(-1, self._width)
 
     @property
     def times(self) -> tuple[float, float]:

@@ -39,7 +39,7 @@ def answer(
         if extra is not None:
             extras[index] = extra
         if chunk.samples:
-            resident.tokens.append(max(token, 0))
+            resident.tokens.append(token if token > 0 else 0)
         tokens.append(token)
     return StepResult(number, tuple(tokens), extras, started, ended, expert_load)
 

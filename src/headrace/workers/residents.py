@@ -89,6 +89,8 @@ class Residents:
             resident.matcher = self._grammars.matcher(opened.request) if self._grammars else None
             self._by_handle[opened.seq] = resident
         for chunk in step.chunks:
+            if not any(chunk.new_pages):
+                continue
             resident = self._by_handle[chunk.seq]
             own = chunk.new_pages[self._first_pool : self._first_pool + len(self._tables)]
             for pool, pages in enumerate(own):
@@ -113,18 +115,23 @@ class Residents:
         # Plain lists: most chunks have one row, and a numpy call costs more than a few steps of a loop.
         tokens: list[int] = []
         positions: list[int] = []
-        chunk_rows, logit_rows, last = [0], [], 0
+        chunk_rows, logit_rows = [0], []
         for chunk, resident in zip(step.chunks, residents, strict=True):
-            tokens.extend(chunk.tokens)
-            if chunk.tokens[-1] == LATE:
+            given, start = chunk.tokens, chunk.start
+            tokens.extend(given)
+            if given[-1] == LATE:
                 tokens[-1] = -1 - resident.slot
-            end = chunk.start + len(chunk.tokens)
-            positions.extend(range(chunk.start, end))
-            chunk_rows.append(len(tokens))
-            logit_rows.extend(range(len(tokens) - chunk.logit_rows, len(tokens)))
-            last = max(last, end - 1)
+            rows = len(tokens)
+            if len(given) == 1:
+                positions.append(start)
+                if chunk.logit_rows:
+                    logit_rows.append(rows - 1)
+            else:
+                positions.extend(range(start, start + len(given)))
+                logit_rows.extend(range(rows - chunk.logit_rows, rows))
+            chunk_rows.append(rows)
         sequences = [resident.slot for resident in residents]
-        width = last // self._page_size + 1
+        width = max(positions) // self._page_size + 1
         return Rows(
             step.chunks,
             residents,

@@ -143,7 +143,7 @@ class NativeRunner(Single):
         for copy in self._residents.copies(step):
             self._ops.copy_page(self._caches[copy.pool], copy.source, copy.target)
         for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
-            if chunk.tokens[-1] == LATE and resident.in_python and self._last is not None:
+            if resident.in_python and chunk.tokens[-1] == LATE and self._last is not None:
                 self._last.result()
                 rows.bind(index)
         logit_rows, samples = (rows.logit_rows, _samples(rows)) if self._ends else (_NO_ROWS, _NO_SAMPLES)
@@ -194,7 +194,7 @@ class Queued:
                 self._before = None
             chosen, logits = self._ticket.result()
             load = tuple(self._ticket.expert_load)
-            self._result = answer(self._number, self._rows, chosen.tolist(), iter(logits), *self._ticket.times, load)
+            self._result = answer(self._number, self._rows, chosen, iter(logits), *self._ticket.times, load)
         return self._result
 
     def done(self) -> bool:
