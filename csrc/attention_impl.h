@@ -183,7 +183,7 @@ class Fetcher {
     }
 
   private:
-    static constexpr size_t kMostLines = 5;
+    static constexpr size_t kMostLines = 5;  // a call
 
     const AttentionCall& call_;
     const Ahead& ahead_;
@@ -457,7 +457,9 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     Tiles tiles;
     find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
 
-    const int calls_a_tile = ((count + S::kTile - 1) / S::kTile) * dim * (kTile + kLanes) / (W * kLanes * kTileVectors) + count * (S::kBytes ? 3 : 2);
+    // Calls for a tile of keys: its words and as many of values, kTileVectors at once, for each register tile of queries; then the passes over scores.
+    const int register_tiles = (count + S::kTile - 1) / S::kTile, passes = S::kBytes ? 3 : 2;
+    const int calls_a_tile = register_tiles * 2 * dim / (W * kTileVectors) + count * passes;
     Fetcher fetcher(call, ahead, size_t(past - first) * size_t(calls_a_tile));
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {

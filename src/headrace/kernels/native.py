@@ -146,8 +146,8 @@ class Ticket:
         if self._ticket.failed:
             why = f" ({self._group.failure})" if self._group.failure else ""
             raise EngineDeadError(f"the step has no result: its group of ranks was aborted{why}; start the ranks anew")
-        values = self._ticket.output() if self._ticket.has_output() else _NOTHING
-        return self._ticket.chosen(), values.reshape(-1, self._width)
+        values = self._ticket.output()
+        return self._ticket.chosen(), (_NOTHING if values is None else values).reshape(-1, self._width)
 
     @property
     def times(self) -> tuple[float, float]:
