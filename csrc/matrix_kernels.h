@@ -644,13 +644,23 @@ struct RowCodes {  // of a block of inputs of two tiles
     alignas(64) uint8_t group[row_block_groups][8][2][64];
 };
 
+// Adds `groups` groups of two tiles to the sums of R rows from `row` on. The sums start anew where this is the first block of inputs, and go to
+// `out` where it is the last; between blocks they wait in `partial`.
 template <int R>
-__attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, const uint8_t* x, int64_t stride, int32_t* partial, Ahead& shared_ahead) {
+__attribute__((noinline)) void run_rows_by_row(const RowCodes& u, const uint8_t* const (&tiles)[2], const Activation& input, int64_t row, int64_t group0, int groups,
+                                               int32_t* partial, bool first, bool last, const Output (&out)[2], Ahead& shared_ahead) {
     Ahead ahead = shared_ahead;  // in registers
+    const int64_t stride = input.row_bytes;
+    const uint8_t* x = input.row(row) + sizeof(RowHead) + group0 * 32;
     Ints sum[R][2];
+    if (first)
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < 2; t++) sum[r][t] = load_ints(partial + (r * 2 + t) * 16);
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = row_start(head_of(input, row + r));
+    else
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int t = 0; t < 2; t++) sum[r][t] = load_ints(partial + (r * 2 + t) * 16);
     for (int g = 0; g < groups; g++, x += 32) {
         ahead.step<2>();
         const uint8_t* rows[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride};
@@ -666,9 +676,17 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, int groups, co
         }
     }
     shared_ahead = ahead;
+    if (last) {
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < 2; t++) store_ints(partial + (r * 2 + t) * 16, sum[r][t]);
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int t = 0; t < 2; t++) out[t].put(r, row_value(sum[r][t], tiles[t], head_of(input, row + r)));
+    } else {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+            for (int t = 0; t < 2; t++) store_ints(partial + (r * 2 + t) * 16, sum[r][t]);
+    }
 }
 
 template <Format format>
@@ -678,35 +696,27 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
     const int64_t groups = w.cols / 32, rows = row1 - row0;
     RowCodes u;
     alignas(64) int32_t partial[partial_rows * 2 * 16];
-    const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
-    for (int64_t r = 0; r < rows; r++)
-        for (int t = 0; t < 2; t++) store_ints(partial + (r * 2 + t) * 16, row_start(head_of(*p.x, row0 + r)));
+    const uint8_t* const tiles[2] = {w.data + size_t(tile) * w.tile_bytes, w.data + size_t(tile + 1) * w.tile_bytes};
     const int64_t blocks = (groups + row_block_groups - 1) / row_block_groups;
     for (int64_t b = 0; b < blocks; b++) {
         const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
         for (int t = 0; t < 2; t++) {
-            const uint8_t* from = packed + t * w.tile_bytes;
-            const Floats inverse = inverse_steps(from);
+            const Floats inverse = inverse_steps(tiles[t]);
             const uint8_t* apart = apart_at<format>(w, tile + t, group0);
             for (int64_t g = group0; g < group1; g++, apart += layout.apart_bytes()) {
                 Codes c[8];
-                unpack_row_codes<format>(super_at<format>(from, g), apart, int(g % layout.groups), inverse, c);
+                unpack_row_codes<format>(super_at<format>(tiles[t], g), apart, int(g % layout.groups), inverse, c);
                 for (int i = 0; i < 8; i++) store_codes(u.group[g - group0][i][t], c[i]);
             }
         }
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(tiles[0], group1) : tiles[1] + w.tile_bytes, w.tile_bytes, blocks,
                                    (rows + row_block_rows - 1) / row_block_rows * (group1 - group0));
         even_pieces(rows, row_block_rows, [&](int64_t first, int64_t count) {
+            const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<row_block_rows>(int(count), [&]<int R>() {
-                run_rows_by_row<R>(u, int(group1 - group0), p.x->row(row0 + first) + sizeof(RowHead) + group0 * 32, p.x->row_bytes,
-                                          partial + first * 2 * 16, ahead);
+                run_rows_by_row<R>(u, tiles, *p.x, row0 + first, group0, int(group1 - group0), partial + first * 2 * 16, b == 0, b + 1 == blocks, out, ahead);
             });
         });
-    }
-    for (int t = 0; t < 2; t++) {
-        const Output out(p, row0, tile + t);
-        for (int64_t r = 0; r < rows; r++)
-            out.put(r, row_value(load_ints(partial + (r * 2 + t) * 16), packed + t * w.tile_bytes, head_of(*p.x, row0 + r)));
     }
 }
 
