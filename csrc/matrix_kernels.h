@@ -214,6 +214,7 @@ inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats
 // ---- few rows
 
 // Asks for packed weights about `fetch_ahead` bytes before they are needed, superblock by superblock: a tile's, then those of the tile that is next.
+// For one use: the other caches then keep what is read again, which most weights are not before they are driven out.
 template <Format format>
 struct Stream {
     static constexpr Layout layout = layout_of(format);
@@ -227,11 +228,11 @@ struct Stream {
     }
     void begin_super() {
         if (left == 0)
-            for (int i = 0; i < layout.tile_head_bytes(); i += 64) prefetch(next - layout.tile_head_bytes() + i);
+            for (int i = 0; i < layout.tile_head_bytes(); i += 64) prefetch_once(next - layout.tile_head_bytes() + i);
         at = left-- == 0 ? next : at + layout.super_bytes();
     }
     void fetch(int group) const {
-        for (int i = 0; i < step; i += 64) prefetch(at + group * step + i);
+        for (int i = 0; i < step; i += 64) prefetch_once(at + group * step + i);
     }
 };
 
@@ -260,7 +261,7 @@ inline void direct_tile(const uint8_t* tile, const uint8_t* apart, const uint8_t
             if constexpr (screened) {
                 unpack_without_apart(super + g * layout.group_bytes(), w);
             } else {
-                for (int i = 0; i < layout.apart_bytes(); i += 64) prefetch(apart + apart_ahead + i);
+                for (int i = 0; i < layout.apart_bytes(); i += 64) prefetch_once(apart + apart_ahead + i);
                 unpack_codes<format>(super + g * layout.group_bytes(), apart, w);
                 apart += layout.apart_bytes();
             }
@@ -431,18 +432,19 @@ struct Ahead {
         const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
         return {at, at + lines * 64, int64_t(tile_bytes), (lines + steps - 1) / steps * 64};
     }
-    // Into which cache: the first, where it has room, since prefetches into the second keep loads waiting.
-    template <int level>
+    // For one use, where the first-level cache has room until then; else into the second, for which loads have to wait longer.
+    template <bool once>
     void step() {
         if (at >= past) return;
         for (const uint8_t* const to = at + bytes; at < to; at += 64)
-            __builtin_prefetch(at, 0, 4 - level), __builtin_prefetch(at + tile_bytes, 0, 4 - level);
+            if constexpr (once) prefetch_once(at), prefetch_once(at + tile_bytes);
+            else __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + tile_bytes, 0, 2);
     }
 };
 
 // Asks for part [first, past) of `parts` of the lines from `at` on.
 inline void ask_for(const uint8_t* at, int64_t lines, int64_t first, int64_t past, int64_t parts) {
-    for (int64_t line = lines * first / parts; line < lines * past / parts; line++) prefetch(at + 64 * line);
+    for (int64_t line = lines * first / parts; line < lines * past / parts; line++) prefetch_once(at + 64 * line);
 }
 
 // Adds `groups` groups from group0 on of two tiles to the sums of R rows. The sums start at 0 where this is the first block of inputs, and go
@@ -467,7 +469,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     const typename BlockScales<format, shifted>::Group* scale = scales.group;
     for (int g = 0; g < groups; g++, scale++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
         if (in_super++ == layout.groups) planes += layout.super_bytes() - layout.scales_at(), in_super = 1;
-        ahead.step<1>();
+        ahead.step<true>();
         const uint8_t* upper = x + 3 * stride;  // so that few registers address all rows
         auto block = [&](int r) -> const GroupBlock& {
             return *reinterpret_cast<const GroupBlock*>(r < 3 ? x + r * stride : upper + (r - 3) * stride);
@@ -662,7 +664,7 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, const uint8_t*
 #pragma GCC unroll 2
             for (int t = 0; t < 2; t++) sum[r][t] = load_ints(partial + (r * 2 + t) * 16);
     for (int g = 0; g < groups; g++, x += 32) {
-        ahead.step<2>();
+        ahead.step<false>();
         const uint8_t* rows[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride};
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {

@@ -83,6 +83,7 @@ struct BF16Dot {
 };
 inline void store(BFloat* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_once(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_NTA); }
 
 #elif defined(__AVX2__)
 
@@ -198,6 +199,7 @@ inline void store(BFloat* p, Floats x) {
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+inline void prefetch_once(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_NTA); }
 
 #else
 
@@ -321,6 +323,7 @@ struct BF16Dot {
     }
 };
 inline void prefetch(const void*) {}
+inline void prefetch_once(const void*) {}
 
 #endif
 
