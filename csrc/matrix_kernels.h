@@ -17,7 +17,7 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
-constexpr int blocked_from = 12;  // rows from which unpacking to L1 pays
+constexpr int blocked_from = 12;  // rows from which blocks of inputs pay
 constexpr int block_rows = 6;     // rows x 2 tiles of sums in registers
 constexpr int row_block_rows = 12;  // the same for Recipe::row
 constexpr int float_rows = 6, float_tiles = 4;
@@ -541,9 +541,9 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     }
 }
 
-// Two tiles. Those that follow in memory are taken to be wanted after them.
+// Two tiles; `after`: those that are read next.
 template <Format format, bool shifted>
-void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
+void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
     constexpr bool has_apart = layout_of(format).apart_bits > 0;
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
@@ -557,7 +557,7 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
         for (int t = 0; t < 2; t++) read_block<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
         const uint8_t* tiles = has_apart ? codes[0].tile : packed;
         const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : packed + 2 * w.tile_bytes, w.tile_bytes, blocks,
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : after, w.tile_bytes, blocks,
                                    (rows + block_rows - 1) / block_rows * (group1 - group0));
         even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
             if constexpr (has_apart)  // the bits apart of two tiles lie together
@@ -692,7 +692,7 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, const uint8_t*
 }
 
 template <Format format>
-void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
+void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
     constexpr Layout layout = layout_of(format);
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, rows = row1 - row0;
@@ -711,7 +711,7 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
                 for (int i = 0; i < 8; i++) store_codes(u.group[g - group0][i][t], c[i]);
             }
         }
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(tiles[0], group1) : tiles[1] + w.tile_bytes, w.tile_bytes, blocks,
+        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(tiles[0], group1) : after, w.tile_bytes, blocks,
                                    (rows + row_block_rows - 1) / row_block_rows * (group1 - group0));
         even_pieces(rows, row_block_rows, [&](int64_t first, int64_t count) {
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
@@ -740,7 +740,7 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile);
+            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, tile_after(p, tile + 1, tile1));
             direct(p, from, to, tile, tile1);
         });
         return;
