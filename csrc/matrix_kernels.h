@@ -541,7 +541,7 @@ __attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scal
     }
 }
 
-// Two tiles; `after`: those that are read next.
+// Two tiles; `after`: those that are read next, taken to be as long.
 template <Format format, bool shifted>
 void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
     constexpr bool has_apart = layout_of(format).apart_bits > 0;
@@ -650,8 +650,9 @@ struct RowCodes {  // of a block of inputs of two tiles
 // `out` where it is the last; between blocks they wait in `partial`.
 template <int R>
 __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, const uint8_t* const (&tiles)[2], const Activation& input, int64_t row, int64_t group0, int groups,
-                                               int32_t* partial, bool first, bool last, const Output (&out)[2], Ahead& shared_ahead) {
+                                               int32_t* partial, const Output (&out)[2], Ahead& shared_ahead) {
     Ahead ahead = shared_ahead;  // in registers
+    const bool first = group0 == 0, last = (group0 + groups) * 32 == input.cols;
     const int64_t stride = input.row_bytes;
     const uint8_t* x = input.row(row) + sizeof(RowHead) + group0 * 32;
     Ints sum[R][2];
@@ -716,7 +717,7 @@ void multiply_blocked_by_row(const Product& p, int64_t row0, int64_t row1, int64
         even_pieces(rows, row_block_rows, [&](int64_t first, int64_t count) {
             const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
             with_rows<row_block_rows>(int(count), [&]<int R>() {
-                run_rows_by_row<R>(u, tiles, *p.x, row0 + first, group0, int(group1 - group0), partial + first * 2 * 16, b == 0, b + 1 == blocks, out, ahead);
+                run_rows_by_row<R>(u, tiles, *p.x, row0 + first, group0, int(group1 - group0), partial + first * 2 * 16, out, ahead);
             });
         });
     }
