@@ -6,16 +6,28 @@
 namespace headrace {
 namespace {
 
-// Rows of a product that run over a group of tiles before the next group: their activations should stay in the second-level cache.
-constexpr int kRowBlock = 256;
-// Rows whose results stay in a thread's own memory until the next op reads them.
+// Bytes of activations that run over a group of tiles before the next group: they should stay in the second-level cache.
+constexpr int64_t kRowBlockBytes = 544 << 10;
+constexpr int kMostRows = 512;  // of such a block: more rows share what unpacking weights costs
+constexpr int kLinearRows = 256, kGatedRows = 128;  // of such a block, at least
+// Rows and tiles whose results stay in a thread's own memory until the next op reads them.
 constexpr int kTileRows = 128;
 constexpr int kLinearTiles = 64;  // tiles in a piece, at most
 constexpr int kHeadTiles = 16;
 constexpr int kGatedTiles = 8;  // of gate, and of up
+constexpr int kGatedFloats = 2 * kTileRows * kGatedTiles * int(tile_rows);  // of gate, and of up
+constexpr int kExpertRows = 256;
 constexpr int kPiecesAThread = 6;  // so that a thread that lost its core for a while holds up little
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Rows of a block, so that the blocks of all `rows` are as even as may be.
+int rows_of_block(int rows, const std::vector<Activation>& activations, int fewest) {
+    int64_t row_bytes = 1;
+    for (const Activation& activation : activations) row_bytes = std::max(row_bytes, activation.row_bytes);
+    const int most = int(std::clamp<int64_t>(kRowBlockBytes / row_bytes, fewest, kMostRows));
+    return std::max(1, ceil_div(rows, std::max(1, ceil_div(rows, most))));
+}
 
 // Tiles in a piece: an even number, since blocked products take two at once.
 int tiles_a_piece(int tiles, int threads, int most) {
@@ -120,15 +132,16 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
 void Linear::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
-    each_stretch(ceil_div(rows.count(), kRowBlock), tiles(), kLinearTiles, worker, [&](int block, int first, int past, int next) {
-        const int row = rows.first + block * kRowBlock;
+    const int rows_at_once = rows_of_block(rows.count(), activations, kLinearRows);
+    each_stretch(ceil_div(rows.count(), rows_at_once), tiles(), kLinearTiles, worker, [&](int block, int first, int past, int next) {
+        const int row = rows.first + block * rows_at_once;
         const uint8_t* after = next >= 0 ? tile(next) : weights_after(worker);
         for (const Weighted& part : parts) {  // their tiles follow each other
             const int count = int(part.weight->matrix.tiles());
             const Slot& out = program.slot(part.out);
             const Product product{&part.weight->matrix, &activations[size_t(part.recipe)], out.data, out.width, part.bias, part.accumulate,
                                   past > count ? (&part + 1)->weight->tile(0) : after};
-            if (first < count && past > 0) program.matrix.multiply(product, row, std::min(rows.past, row + kRowBlock), std::max(first, 0), std::min(past, count));
+            if (first < count && past > 0) program.matrix.multiply(product, row, std::min(rows.past, row + rows_at_once), std::max(first, 0), std::min(past, count));
             first -= count, past -= count;
         }
     });
@@ -157,16 +170,18 @@ double Linear::row_cost() const {
     return cost;
 }
 
-size_t Gated::tile_floats() { return 2 * size_t(kTileRows) * kGatedTiles * tile_rows; }
+size_t Gated::tile_floats() { return 2 * size_t(kGatedFloats); }
 
 void Gated::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& to = program.slot(out);
-    const int64_t ld = kGatedTiles * tile_rows;
-    float *gates = program.scratch(worker).tile, *ups = gates + kTileRows * ld;
-    each_stretch(ceil_div(rows.count(), kTileRows), int(gate.weight->matrix.tiles()), kGatedTiles, worker, [&](int block, int first, int past, int next) {
-        const int row = rows.first + block * kTileRows, past_row = std::min(rows.past, row + kTileRows);
+    const int rows_at_once = rows_of_block(rows.count(), activations, kGatedRows);
+    const int tiles_at_once = std::min(kGatedTiles, kGatedFloats / (rows_at_once * int(tile_rows)) / 2 * 2);
+    const int64_t ld = tiles_at_once * tile_rows;
+    float *gates = program.scratch(worker).tile, *ups = gates + kGatedFloats;
+    each_stretch(ceil_div(rows.count(), rows_at_once), int(gate.weight->matrix.tiles()), tiles_at_once, worker, [&](int block, int first, int past, int next) {
+        const int row = rows.first + block * rows_at_once, past_row = std::min(rows.past, row + rows_at_once);
         const int column = first * int(tile_rows), columns = std::min(to.width, past * int(tile_rows)) - column;
         auto multiply = [&](const Weighted& weighted, float* y, const uint8_t* after) {
             const Product product{&weighted.weight->matrix, &activations[size_t(weighted.recipe)], y - row * ld - column, ld, weighted.bias, false, after};
@@ -633,7 +648,7 @@ void Experts::multiply_gated(Program& program, Worker& worker, const Routing& ro
 
 void Experts::multiply_down(Program& program, Worker& worker, const Routing& routing, const Activation& of_down) const {
     const int width = int(down.weights[0]->matrix.rows), tiles = int(down.weights[0]->matrix.tiles());
-    each_piece(routing, count(), tiles, tiles_a_piece(tiles * chosen, worker.count(), 64), kRowBlock, worker, [&](int expert, int row, int past_row, int first, int past) {
+    each_piece(routing, count(), tiles, tiles_a_piece(tiles * chosen, worker.count(), 64), kExpertRows, worker, [&](int expert, int row, int past_row, int first, int past) {
         const Product product{&down.weights[size_t(expert)]->matrix, &of_down, program.slot(results).data, width};
         program.matrix.multiply(product, row, past_row, first, past);
     });

@@ -144,7 +144,7 @@ struct Kernels {
     Isa isa;
     // Row `row` of the activation from x float32 [cols].
     void (*quantise_row)(const Activation& activation, int64_t row, const float* x);
-    // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; about 64 KiB of stack is used. Best cut: few rows,
+    // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; about 128 KiB of stack is used. Best cut: few rows,
     // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
     void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
     // Of Q8_0_APART, by Recipe::group or Recipe::shifted: false if all sums of these rows and the tile, as multiply() makes them before it adds

@@ -33,7 +33,8 @@ constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is 
 constexpr int apart_ahead = 2048;   // the same of bits apart, beside which three times as many bytes are read
 constexpr int block_groups = 18;    // of inputs, unpacked at a time
 constexpr int row_block_groups = 28;  // the same for Recipe::row
-constexpr int partial_rows = 256;   // rows whose sums wait between blocks of inputs
+constexpr int partial_rows = 512;   // rows whose sums wait between blocks of inputs
+constexpr int float_partial_rows = 256;  // the same of float weights
 constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
 
 // Calls f.operator()<R>() for R = r, 1 <= r <= Max.
@@ -797,7 +798,7 @@ template <Format format, int tiles>
 void multiply_float_tiles(const Product& p, int64_t row0, int64_t row1, int64_t tile) {
     using W = FloatWeights<format>;
     const PackedMatrix& w = *p.weight;
-    alignas(64) float partial[partial_rows * tiles * 16];
+    alignas(64) float partial[float_partial_rows * tiles * 16];
     const int64_t steps = (w.cols + W::step - 1) / W::step;
     for (int64_t from = 0; from < steps; from += float_block) {
         const int64_t count = std::min<int64_t>(float_block, steps - from);
@@ -816,8 +817,8 @@ void multiply_float_tiles(const Product& p, int64_t row0, int64_t row1, int64_t 
 
 template <Format format>
 void multiply_float(const Product& p, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1) {
-    for (int64_t from = row0; from < row1; from += partial_rows) {
-        const int64_t to = std::min<int64_t>(row1, from + partial_rows);
+    for (int64_t from = row0; from < row1; from += float_partial_rows) {
+        const int64_t to = std::min<int64_t>(row1, from + float_partial_rows);
         int64_t tile = tile0;
         for (; tile + float_tiles <= tile1; tile += float_tiles) multiply_float_tiles<format, float_tiles>(p, from, to, tile);
         for (; tile < tile1; tile++) multiply_float_tiles<format, 1>(p, from, to, tile);
