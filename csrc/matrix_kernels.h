@@ -834,33 +834,38 @@ inline Floats group_scales(Floats sizes) {
     return rounded_up<below>(scales);
 }
 
-inline void quantise_group_row(const Activation& a, int64_t row, const float* x) {
+template <bool shifted>
+void quantise_group_row(const Activation& a, int64_t row, const float* x) {
     GroupBlock* blocks = reinterpret_cast<GroupBlock*>(a.row(row));
-    const bool shifted = a.recipe == Recipe::shifted;
     const Floats most = all(127), least = all(-127);
     for (int64_t groups = a.cols / 32; groups > 0; groups -= kLanes, blocks += kLanes, x += 32 * kLanes) {
         const int count = int(std::min<int64_t>(groups, kLanes));
-        alignas(64) float sizes[kLanes] = {}, offsets[kLanes] = {}, inverses[kLanes];
+        Floats sizes = zero(), middles = zero();
         for (int g = 0; g < count; g++) {
             const Floats low = load(x + 32 * g), high = load(x + 32 * g + 16);
-            if (shifted) {
-                const float top = greatest(max(low, high)), bottom = -greatest(all(0) - min(low, high));
-                offsets[g] = 0.5f * (top + bottom);
-                sizes[g] = std::max(top - offsets[g], offsets[g] - bottom);
+            if constexpr (shifted) {
+                const float top = greatest(max(low, high)), bottom = -greatest(all(0) - min(low, high)), middle = 0.5f * (top + bottom);
+                middles = with_lane(middles, g, middle);
+                sizes = with_lane(sizes, g, std::max(top - middle, middle - bottom));
             } else {
-                sizes[g] = greatest(max(absolute(low), absolute(high)));
+                sizes = with_lane(sizes, g, greatest(max(absolute(low), absolute(high))));
             }
         }
-        const Floats scales = group_scales(load(sizes));
-        store(sizes, scales), store(inverses, all(1) / scales);
+        alignas(64) float scales[kLanes], inverses[kLanes], offsets[kLanes];
+        const Floats of_groups = group_scales(sizes);
+        store(scales, of_groups), store(inverses, all(1) / of_groups), store(offsets, middles);
         for (int g = 0; g < count; g++) {
             GroupBlock& block = blocks[g];
-            const Floats inverse = all(inverses[g]), offset = all(offsets[g]);
-            const Ints low = round_to_ints(min(max((load(x + 32 * g) - offset) * inverse, least), most));
-            const Ints high = round_to_ints(min(max((load(x + 32 * g + 16) - offset) * inverse, least), most));
-            const auto [low_total, high_total] = store_and_sum(block.codes, low, high);
+            const Floats inverse = all(inverses[g]);
+            Floats values[2] = {load(x + 32 * g), load(x + 32 * g + 16)};
+            Ints codes[2];
+            for (int half = 0; half < 2; half++) {
+                if constexpr (shifted) values[half] = values[half] - all(offsets[g]);
+                codes[half] = round_to_ints(min(max(values[half] * inverse, least), most));
+            }
+            const auto [low_total, high_total] = store_and_sum(block.codes, codes[0], codes[1]);
             const int32_t total = low_total + high_total;
-            block.scale = sizes[g], block.sum = sizes[g] * float(total), block.minus8 = -8 * total, block.minus8_low = -8 * low_total;
+            block.scale = scales[g], block.sum = scales[g] * float(total), block.minus8 = -8 * total, block.minus8_low = -8 * low_total;
             block.offset = offsets[g];
         }
     }
@@ -897,7 +902,8 @@ inline void copy_row(const Activation& a, int64_t row, const float* x) {
 
 void quantise_row(const Activation& a, int64_t row, const float* x) {
     switch (a.recipe) {
-        case Recipe::group: case Recipe::shifted: return quantise_group_row(a, row, x);
+        case Recipe::group: return quantise_group_row<false>(a, row, x);
+        case Recipe::shifted: return quantise_group_row<true>(a, row, x);
         case Recipe::row: return quantise_whole_row(a, row, x);
         case Recipe::bf16: return round_row(a, row, x);
         case Recipe::f32: return copy_row(a, row, x);

@@ -54,6 +54,8 @@ inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 template <uint32_t below> inline Floats rounded_up(Floats a) {
     return {_mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(below), _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(below))))};
 }
+// Without a detour over memory, where a load of what several stores wrote waits for all of them.
+inline Floats with_lane(Floats a, int lane, float x) { return {_mm512_mask_broadcastss_ps(a.v, __mmask16(1 << lane), _mm_set_ss(x))}; }
 inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline void store_low_bytes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
@@ -130,6 +132,11 @@ template <uint32_t below> inline __m256 rounded_up(__m256 x) {
     return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_set1_epi32(below), _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(below))));
 }
 template <uint32_t below> inline Floats rounded_up(Floats x) { return {rounded_up<below>(x.a), rounded_up<below>(x.b)}; }
+inline __m256 with_lane(__m256 a, int lane, float x) {
+    const __m256i here = _mm256_cmpeq_epi32(_mm256_set1_epi32(lane), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return _mm256_blendv_ps(a, _mm256_set1_ps(x), _mm256_castsi256_ps(here));
+}
+inline Floats with_lane(Floats a, int lane, float x) { return {with_lane(a.a, lane, x), with_lane(a.b, lane - 8, x)}; }
 inline Ints round_to_ints(Floats x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline void store_low_bytes(int8_t* p, Ints x) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
@@ -203,6 +210,7 @@ constexpr bool wide_dot_is_signed = false;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return each([&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); }); }
 template <uint32_t below> inline Floats rounded_up(Floats x) { return each([&](int i) { return from_bits((to_bits(x.v[i]) + below) & ~below); }); }
+inline Floats with_lane(Floats a, int lane, float x) { a.v[lane] = x; return a; }
 inline Ints round_to_ints(Floats x) { return each_int([&](int i) { return int32_t(std::nearbyintf(x.v[i])); }); }
 inline void store_low_bytes(int8_t* p, Ints x) { for (int i = 0; i < kLanes; i++) p[i] = int8_t(x.v[i]); }
 inline int32_t sum(Ints x) {
