@@ -15,18 +15,21 @@ constexpr int kTileRows = 128;
 constexpr int kLinearTiles = 64;  // tiles in a piece, at most
 constexpr int kHeadTiles = 16;
 constexpr int kGatedTiles = 8;  // of gate, and of up
-constexpr int kGatedFloats = 2 * kTileRows * kGatedTiles * int(tile_rows);  // of gate, and of up
-constexpr int kExpertRows = 256;
+constexpr int kGatedFloats = 2 * kTileRows * kGatedTiles * int(tile_rows);  // likewise
+constexpr int kExpertRows = 256;  // of a block of the down product
+constexpr int kTilesAThread = 16;  // of all blocks together, at least
 constexpr int kPiecesAThread = 6;  // so that a thread that lost its core for a while holds up little
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Rows of a block, so that the blocks of all `rows` are as even as may be.
-int rows_of_block(int rows, const std::vector<Activation>& activations, int fewest) {
+// Rows of a block, at least about `fewest`: as even blocks as may be, and more of them where their tiles would not keep all threads busy.
+int rows_of_block(int rows, const std::vector<Activation>& activations, int fewest, int tiles, int threads) {
+    if (rows == 0) return fewest;
     int64_t row_bytes = 1;
     for (const Activation& activation : activations) row_bytes = std::max(row_bytes, activation.row_bytes);
     const int most = int(std::clamp<int64_t>(kRowBlockBytes / row_bytes, fewest, kMostRows));
-    return std::max(1, ceil_div(rows, std::max(1, ceil_div(rows, most))));
+    const int wanted = std::min(ceil_div(rows, fewest), ceil_div(kTilesAThread * threads, tiles));
+    return ceil_div(rows, std::max(ceil_div(rows, most), wanted));
 }
 
 // Tiles in a piece: an even number, since blocked products take two at once.
@@ -132,7 +135,7 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
 void Linear::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
-    const int rows_at_once = rows_of_block(rows.count(), activations, kLinearRows);
+    const int rows_at_once = rows_of_block(rows.count(), activations, kLinearRows, tiles(), worker.count());
     each_stretch(ceil_div(rows.count(), rows_at_once), tiles(), kLinearTiles, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * rows_at_once;
         const uint8_t* after = next >= 0 ? tile(next) : weights_after(worker);
@@ -176,7 +179,7 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& to = program.slot(out);
-    const int rows_at_once = rows_of_block(rows.count(), activations, kGatedRows);
+    const int rows_at_once = rows_of_block(rows.count(), activations, kGatedRows, int(gate.weight->matrix.tiles()), worker.count());
     const int tiles_at_once = std::min(kGatedTiles, kGatedFloats / (rows_at_once * int(tile_rows)) / 2 * 2);
     const int64_t ld = tiles_at_once * tile_rows;
     float *gates = program.scratch(worker).tile, *ups = gates + kGatedFloats;
