@@ -9,20 +9,22 @@ namespace {
 // Bytes of activations that run over a group of tiles before the next group: they should stay in the second-level cache.
 constexpr int64_t kRowBlockBytes = 544 << 10;
 constexpr int kMostRows = 512;  // of such a block: more rows share what unpacking weights costs
-constexpr int kLinearRows = 256, kGatedRows = 128;  // of such a block, at least
+constexpr int kLinearRows = 256, kGatedRows = 128;  // of such a block, before they are made even: at least
+constexpr int kTilesAThread = 16;  // of all such blocks together, if they can be cut so far
 // Rows and tiles whose results stay in a thread's own memory until the next op reads them.
 constexpr int kTileRows = 128;
 constexpr int kLinearTiles = 64;  // tiles in a piece, at most
 constexpr int kHeadTiles = 16;
 constexpr int kGatedTiles = 8;  // of gate, and of up
-constexpr int kGatedFloats = 2 * kTileRows * kGatedTiles * int(tile_rows);  // likewise
+constexpr int kGatedFloats = 256 * kGatedTiles * int(tile_rows);  // likewise: of more rows, fewer tiles at once
+static_assert(kGatedFloats >= kMostRows * 2 * tile_rows);
 constexpr int kExpertRows = 256;  // of a block of the down product
-constexpr int kTilesAThread = 16;  // of all blocks together, at least
 constexpr int kPiecesAThread = 6;  // so that a thread that lost its core for a while holds up little
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Rows of a block, at least about `fewest`: as even blocks as may be, and more of them where their tiles would not keep all threads busy.
+// Rows of a block: as even blocks as may be, and smaller ones where tiles are too few to keep all threads busy. Neither that nor their bytes asks
+// for less than `fewest` rows.
 int rows_of_block(int rows, const std::vector<Activation>& activations, int fewest, int tiles, int threads) {
     if (rows == 0) return fewest;
     int64_t row_bytes = 1;
@@ -135,8 +137,8 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
 void Linear::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
-    const int rows_at_once = rows_of_block(rows.count(), activations, kLinearRows, tiles(), worker.count());
-    each_stretch(ceil_div(rows.count(), rows_at_once), tiles(), kLinearTiles, worker, [&](int block, int first, int past, int next) {
+    const int all = tiles(), rows_at_once = rows_of_block(rows.count(), activations, kLinearRows, all, worker.count());
+    each_stretch(ceil_div(rows.count(), rows_at_once), all, kLinearTiles, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * rows_at_once;
         const uint8_t* after = next >= 0 ? tile(next) : weights_after(worker);
         for (const Weighted& part : parts) {  // their tiles follow each other
@@ -179,11 +181,11 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& to = program.slot(out);
-    const int rows_at_once = rows_of_block(rows.count(), activations, kGatedRows, int(gate.weight->matrix.tiles()), worker.count());
+    const int all = int(gate.weight->matrix.tiles()), rows_at_once = rows_of_block(rows.count(), activations, kGatedRows, all, worker.count());
     const int tiles_at_once = std::min(kGatedTiles, kGatedFloats / (rows_at_once * int(tile_rows)) / 2 * 2);
     const int64_t ld = tiles_at_once * tile_rows;
     float *gates = program.scratch(worker).tile, *ups = gates + kGatedFloats;
-    each_stretch(ceil_div(rows.count(), rows_at_once), int(gate.weight->matrix.tiles()), tiles_at_once, worker, [&](int block, int first, int past, int next) {
+    each_stretch(ceil_div(rows.count(), rows_at_once), all, tiles_at_once, worker, [&](int block, int first, int past, int next) {
         const int row = rows.first + block * rows_at_once, past_row = std::min(rows.past, row + rows_at_once);
         const int column = first * int(tile_rows), columns = std::min(to.width, past * int(tile_rows)) - column;
         auto multiply = [&](const Weighted& weighted, float* y, const uint8_t* after) {
