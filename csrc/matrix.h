@@ -5,7 +5,7 @@
 //
 // A tile is 16 outputs. Every y[row][n] is summed in one order, whatever the ranges, the number of rows and the thread:
 //
-//   Recipe::group  (all quantised weights) per group of 32 inputs. Activation: scale s = max|x| * (1 / 127.4f), rounded up to a number
+//   Recipe::group  (all quantised weights) per group of 32 inputs. Activation: scale s = max|x| * (1 / 120.4f), rounded up to a number
 //                  of `scale_bits` significant bits and kept in 2^-64..2^64; codes = round-half-even(x * (1 / s)). For groups ascending:
 //                      acc = fma(m, s * sum of codes, acc)                  where the format has a minimum m
 //                      acc = fma(d * s, sum of (q - offset) * code, acc)
@@ -95,6 +95,7 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 // ---- activations
 
 constexpr int scale_bits = 3;
+constexpr int group_code_limit = 120;  // of Recipe::group, Recipe::shifted: with a weight's code of 4 bits added, a code still fits 8 bits
 
 // 32 inputs of one row (Recipe::group, Recipe::shifted). Kernels read it as a stream.
 struct GroupBlock {
@@ -103,6 +104,7 @@ struct GroupBlock {
     float sum;           // s * sum of codes
     int32_t minus8;      // -8 * sum of codes
     int32_t minus8_low;  // -8 * sum of the first 16 codes
+    int32_t winograd;    // what pairs of quads need (matrix_kernels.h); 0 where the instruction set has no use for it
     float offset;        // o; 0 in Recipe::group
 };
 

@@ -157,6 +157,13 @@ inline void load_scales(const uint8_t* super, int group, Floats (&d)[2], Floats 
     }
 }
 
+// The same as the group and shifted recipes take them: minima of `centred` formats are those of code 8.
+template <Format format>
+inline void load_centred_scales(const uint8_t* super, int group, Floats (&d)[2], Floats (&m)[2]) {
+    load_scales<format>(super, group, d, m);
+    if constexpr (layout_of(format).centred()) m[0] = fused(all(8), d[0], m[0]);
+}
+
 template <Format format>
 inline const uint8_t* super_at(const uint8_t* tile, int64_t group) {
     constexpr Layout layout = layout_of(format);
@@ -177,9 +184,13 @@ constexpr int offset_power(int offset) { return offset == 4 ? -1 : offset == 8 ?
 template <Format format>
 constexpr bool wide_codes = layout_of(format).low_bits == 8 || layout_of(format).table;
 
+// What these recipes take off a code.
+template <Format format>
+constexpr int code_offset = layout_of(format).centred() ? 8 : layout_of(format).offset;
+
 template <Format format>
 inline Ints start(int32_t minus8) {
-    constexpr int offset = layout_of(format).offset;
+    constexpr int offset = code_offset<format>;
     if constexpr (offset == 0 || (wide_codes<format> && wide_dot_is_signed)) return all_ints(0);
     else return scaled_by_power<offset_power(offset)>(all_ints(minus8));
 }
@@ -202,7 +213,7 @@ inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats
     constexpr Layout layout = layout_of(format);
     constexpr bool wide = wide_codes<format>;
     constexpr int count = layout.halves ? 16 : 32;
-    const Ints from = all_ints((wide && wide_dot_is_signed ? 0 : -layout.offset * count) + more);
+    const Ints from = all_ints((wide && wide_dot_is_signed ? 0 : -code_offset<format> * count) + more);
     Ints sums[2] = {from, from};
     for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
     Floats total;
@@ -266,7 +277,7 @@ inline void direct_tile(const uint8_t* tile, const uint8_t* apart, const uint8_t
                 unpack_codes<format>(super + g * layout.group_bytes(), apart, w);
                 apart += layout.apart_bytes();
             }
-            load_scales<format>(super, g, d, m);
+            load_centred_scales<format>(super, g, d, m);
             Floats whole;
             if constexpr (shifted) whole = weight_sum<format>(w, d, m, screened ? int(32 * middle) : 0);
 #pragma GCC unroll 8
@@ -364,9 +375,9 @@ struct BlockScales {
 };
 
 // From memory: left to itself the compiler moves a word that is in a general register too, on a port that the dot products need.
-inline __m512i broadcast(const float* p) {
+inline __m512i broadcast(const void* p) {
     __m512i all;
-    asm("vpbroadcastd %1, %0" : "=v"(all) : "m"(*p));
+    asm("vpbroadcastd %1, %0" : "=v"(all) : "m"(*static_cast<const int32_t*>(p)));
     return all;
 }
 
@@ -402,7 +413,7 @@ void read_block(BlockScales<together(format), shifted>& to, int t, const PackedM
     for (int g = 0; g < groups; g++, apart += layout.apart_bytes()) {
         if (in_super == layout.groups) super += layout.super_bytes(), in_super = 0;
         Floats d[2], m[2];
-        load_scales<format>(super, in_super, d, m);
+        load_centred_scales<format>(super, in_super, d, m);
         if constexpr (shifted || layout.apart_bits > 0) {
             Codes w[8];
             unpack_codes<format>(super + in_super * layout.group_bytes(), apart, w);
@@ -573,6 +584,144 @@ void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile
     }
 }
 
+// ---- many rows, codes of 4 bits
+
+// Two multiplications by one, as Winograd's inner product has it (1968): of inputs a, b and their weights v, w,
+//     (a + W) (b + V) = a b + a V + b W + V W,   W = w + 120, V = v - 8.
+// A quad of a and one of b make a pair; sums fit in 8 bits, without and with sign. a b is summed up once a row (with -8 b V's.. see GroupBlock),
+// V W once a tile; additions have ports to spare that multiplications have not. With more pairs the additions would need longer.
+// The integer sums are the same as one by one.
+constexpr int winograd_pairs = 3;    // quads 0 and 1, 2 and 3, 4 and 5
+constexpr int winograd_block = 64;   // rows whose sums stay in the L1 cache while the groups of a block of inputs go by
+
+// A group of two tiles, in registers.
+template <Format format>
+struct PairedGroup {
+    Codes w[8][2];  // V or W, or as they are
+    Ints start[2];  // less V W
+    Floats d[2], m[2], whole[2];
+};
+
+template <Format format, bool shifted>
+inline __attribute__((always_inline)) void read_paired(PairedGroup<format>& to, const uint8_t* tile, int64_t tile_bytes, int64_t group) {
+    constexpr Layout layout = layout_of(format);
+    const int in_super = int(group % layout.groups);
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++) {
+        const uint8_t* super = super_at<format>(tile + t * tile_bytes, group);
+        Codes c[8];
+        Floats d[2], m[2];
+        unpack_codes<format>(super + in_super * layout.group_bytes(), nullptr, c);
+        load_centred_scales<format>(super, in_super, d, m);
+        to.d[t] = d[0], to.m[t] = m[0];
+        if constexpr (shifted) to.whole[t] = weight_sum<format>(c, d, m);
+        Ints products = all_ints(0);
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * winograd_pairs; i += 2) {
+            const Codes sum{_mm512_add_epi8(c[i + 1].v, _mm512_set1_epi8(120))}, difference{_mm512_add_epi8(c[i].v, _mm512_set1_epi8(-8))};
+            products.v = _mm512_dpbusd_epi32(products.v, sum.v, difference.v);
+            c[i] = sum, c[i + 1] = difference;
+        }
+        to.start[t] = all_ints(0) - products;
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) to.w[i][t] = c[i];
+    }
+}
+
+// Adds a group to the sums of R rows, which are 0 where it is the first; sums of the last go to `out`, those of others to `sums`.
+template <Format format, bool shifted, bool first, bool last, int R>
+inline __attribute__((always_inline)) void add_paired(const PairedGroup<format>& group, const uint8_t* x, int64_t stride, float* sums, const Output (&out)[2],
+                                                      int64_t row) {
+    constexpr Layout layout = layout_of(format);
+    auto block = [&](int r) -> const GroupBlock& { return *reinterpret_cast<const GroupBlock*>(x + r * stride); };
+    Ints sum[R][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        const __m512i of_row = broadcast(&block(r).winograd);
+        for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_add_epi32(group.start[t].v, of_row);
+    }
+    auto add_quad = [&](int i) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const __m512i a = broadcast(block(r).codes + 4 * i);
+            for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, group.w[i][t].v, a);
+        }
+    };
+    auto add_pair = [&](int i) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const __m512i a = broadcast(block(r).codes + 4 * i), b = broadcast(block(r).codes + 4 * i + 4);
+            for (int t = 0; t < 2; t++)
+                sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, _mm512_add_epi8(a, group.w[i][t].v), _mm512_add_epi8(b, group.w[i + 1][t].v));
+        }
+    };
+    static_assert(winograd_pairs == 3);
+    add_pair(0), add_quad(6), add_pair(2), add_quad(7), add_pair(4);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        const Floats scale{_mm512_castsi512_ps(broadcast(&block(r).scale))};
+#pragma GCC unroll 2
+        for (int t = 0; t < 2; t++) {
+            float* const at = sums + (r * 2 + t) * 16;
+            Floats acc = first ? zero() : load(at);
+            if constexpr (shifted) acc = fused(group.whole[t], all(block(r).offset), acc);
+            if constexpr (layout.has_min()) acc = fused(group.m[t], all(block(r).sum), acc);
+            acc = fused(group.d[t] * scale, to_floats(sum[r][t]), acc);
+            if constexpr (last) out[t].put(row + r, acc);
+            else store(at, acc);
+        }
+    }
+}
+
+// Asks for a group of packed weights.
+template <Format format>
+inline void ask_for_group(const uint8_t* tile, int64_t group) {
+    constexpr Layout layout = layout_of(format);
+    constexpr int step = (layout.super_bytes() + layout.groups - 1) / layout.groups;  // bytes, with a group
+    const uint8_t* at = super_at<format>(tile, group) + group % layout.groups * step;
+    for (int i = 0; i < step; i += 64) prefetch_once(at + i);
+}
+
+// Two tiles and a block of rows; `after`: tiles that are read next, taken to be as long.
+template <Format format, bool shifted>
+__attribute__((noinline)) void multiply_paired(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
+    constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: sums and a group in registers
+    const PackedMatrix& w = *p.weight;
+    const int64_t groups = w.cols / 32, stride = p.x->row_bytes, lead = std::min(groups, 2 + 256 / rows);
+    alignas(64) float sums[winograd_block * 2 * 16];
+    const uint8_t* const packed = w.data + size_t(tile) * w.tile_bytes;
+    const uint8_t* x = p.x->row(row0);
+    const Output out[2] = {Output(p, row0, tile), Output(p, row0, tile + 1)};
+    for (int64_t g = 0; g < groups; g++, x += sizeof(GroupBlock)) {
+        PairedGroup<format> group;
+        read_paired<format, shifted>(group, packed, int64_t(w.tile_bytes), g);
+        const int64_t soon = g + lead;
+        for (int t = 0; t < 2; t++) ask_for_group<format>((soon < groups ? packed : after) + t * w.tile_bytes, soon < groups ? soon : soon - groups);
+        auto run = [&]<bool first, bool last>() __attribute__((always_inline)) {
+            const uint8_t* from = x;
+            float* to = sums;
+            int64_t row = 0;
+            for (; row + at_once <= rows; row += at_once, from += at_once * stride, to += at_once * 2 * 16)
+                add_paired<format, shifted, first, last, at_once>(group, from, stride, to, out, row);
+            if (row < rows)
+                with_rows<at_once - 1>(int(rows - row), [&]<int R>() { add_paired<format, shifted, first, last, R>(group, from, stride, to, out, row); });
+        };
+        if (g + 1 == groups) run.template operator()<false, true>();
+        else if (g == 0) run.template operator()<true, false>();
+        else run.template operator()<false, false>();
+    }
+}
+
+template <Format format, bool shifted>
+void multiply_by_groups(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
+    if constexpr (layout_of(format).small())
+        even_pieces(row1 - row0, winograd_block, [&](int64_t first, int64_t count) {
+            const uint8_t* const next = row0 + first + count < row1 ? p.weight->data + size_t(tile) * p.weight->tile_bytes : after;
+            multiply_paired<format, shifted>(p, row0 + first, count, tile, next);
+        });
+    else multiply_blocked<format, shifted>(p, row0, row1, tile, after);
+}
+
 #endif
 
 // ---- Recipe::row
@@ -737,8 +886,8 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
 #if defined(__AVX512VNNI__)
     if (row1 - row0 >= blocked_from) {
         const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
-                             : recipe == Recipe::shifted ? multiply_blocked<format, true>
-                                                         : multiply_blocked<format, false>;
+                             : recipe == Recipe::shifted ? multiply_by_groups<format, true>
+                                                         : multiply_by_groups<format, false>;
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
@@ -829,7 +978,7 @@ void multiply_float(const Product& p, int64_t row0, int64_t row1, int64_t tile0,
 
 // Scales of 16 groups, from the greatest sizes of their inputs.
 inline Floats group_scales(Floats sizes) {
-    const Floats scales = min(all(0x1p64f), max(all(0x1p-64f), sizes * all(1 / 127.4f)));  // a NaN stays one
+    const Floats scales = min(all(0x1p64f), max(all(0x1p-64f), sizes * all(1 / (group_code_limit + 0.4f))));  // a NaN stays one
     constexpr uint32_t below = (1u << (24 - scale_bits)) - 1;
     return rounded_up<below>(scales);
 }
@@ -837,7 +986,7 @@ inline Floats group_scales(Floats sizes) {
 template <bool shifted>
 void quantise_group_row(const Activation& a, int64_t row, const float* x) {
     GroupBlock* blocks = reinterpret_cast<GroupBlock*>(a.row(row));
-    const Floats most = all(127), least = all(-127);
+    const Floats most = all(group_code_limit), least = all(-group_code_limit);
     for (int64_t groups = a.cols / 32; groups > 0; groups -= kLanes, blocks += kLanes, x += 32 * kLanes) {
         const int count = int(std::min<int64_t>(groups, kLanes));
         Floats sizes = zero(), middles = zero();
@@ -863,10 +1012,10 @@ void quantise_group_row(const Activation& a, int64_t row, const float* x) {
                 if constexpr (shifted) values[half] = values[half] - all(offsets[g]);
                 codes[half] = round_to_ints(min(max(values[half] * inverse, least), most));
             }
-            const auto [low_total, high_total] = store_and_sum(block.codes, codes[0], codes[1]);
-            const int32_t total = low_total + high_total;
-            block.scale = scales[g], block.sum = scales[g] * float(total), block.minus8 = -8 * total, block.minus8_low = -8 * low_total;
-            block.offset = offsets[g];
+            const GroupSums sums = store_and_sum(block.codes, codes[0], codes[1]);
+            const int32_t total = sums.low + sums.high;
+            block.scale = scales[g], block.sum = scales[g] * float(total), block.minus8 = -8 * total, block.minus8_low = -8 * sums.low;
+            block.winograd = sums.winograd, block.offset = offsets[g];
         }
     }
 }

@@ -2,11 +2,11 @@
 // that is fused everywhere. The including file sets HEADRACE_ISA.
 #pragma once
 
-#include <utility>
-
 #include "simd.h"
 
 namespace headrace::HEADRACE_ISA {
+
+struct GroupSums { int32_t low, high, winograd; };  // of the first and the last 16 codes; for GroupBlock::winograd, 0 where that is not used
 
 #if defined(__AVX512VNNI__)
 
@@ -59,13 +59,19 @@ inline Floats with_lane(Floats a, int lane, float x) { return {_mm512_mask_broad
 inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline void store_low_bytes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
-// Stores the low bytes of a and b one after the other and gives the sums of a and of b, whose lanes fit in int8.
-inline std::pair<int32_t, int32_t> store_and_sum(int8_t* p, Ints a, Ints b) {
-    const __m128i a8 = _mm512_cvtepi32_epi8(a.v), b8 = _mm512_cvtepi32_epi8(b.v), ones = _mm_set1_epi8(1);
+// Stores the low bytes of a and b, the codes of a group, one after the other, and sums them up. GroupBlock::winograd: each code of a pair's
+// second quad is multiplied by 128 + the first quad's, those of no pair by 8.
+inline GroupSums store_and_sum(int8_t* p, Ints a, Ints b) {
+    const __m128i a8 = _mm512_cvtepi32_epi8(a.v), b8 = _mm512_cvtepi32_epi8(b.v), ones = _mm_set1_epi8(1), none = _mm_setzero_si128();
     _mm_storeu_si128((__m128i*)p, a8), _mm_storeu_si128((__m128i*)(p + 16), b8);
-    const __m128i four = _mm_hadd_epi32(_mm_dpbusd_epi32(_mm_setzero_si128(), ones, a8), _mm_dpbusd_epi32(_mm_setzero_si128(), ones, b8));
-    const int64_t both = _mm_cvtsi128_si64(_mm_hadd_epi32(four, four));
-    return {int32_t(both), int32_t(both >> 32)};
+    const __m128i plus128 = _mm_set1_epi8(char(0x80)), unpaired = _mm_setr_epi32(0, 0, 0x08080808, 0x08080808);
+    const __m128i of_a = _mm_maskz_shuffle_epi32(0b1010, _mm_xor_si128(a8, plus128), _MM_PERM_CCAA);
+    const __m128i of_b = _mm_mask_shuffle_epi32(unpaired, 0b0010, _mm_xor_si128(b8, plus128), _MM_PERM_CCAA);
+    const __m128i products = _mm_dpbusd_epi32(_mm_dpbusd_epi32(none, of_a, a8), of_b, b8);
+    const __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(none, ones, a8), _mm_dpbusd_epi32(none, ones, b8));
+    const __m128i all = _mm_hadd_epi32(sums, _mm_hadd_epi32(products, products));
+    const int64_t both = _mm_cvtsi128_si64(all);
+    return {int32_t(both), int32_t(both >> 32), -_mm_extract_epi32(all, 2)};
 }
 
 #elif defined(__AVX2__)
@@ -222,9 +228,9 @@ inline int32_t sum(Ints x) {
 #endif
 
 #if !defined(__AVX512VNNI__)
-inline std::pair<int32_t, int32_t> store_and_sum(int8_t* p, Ints a, Ints b) {
+inline GroupSums store_and_sum(int8_t* p, Ints a, Ints b) {
     store_low_bytes(p, a), store_low_bytes(p + 16, b);
-    return {sum(a), sum(b)};
+    return {sum(a), sum(b), 0};
 }
 #endif
 

@@ -6,12 +6,13 @@ GGUF file has them: `read_blocks` takes a format's blocks apart into codes, scal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 GROUP = 32  # inputs that share a scale of the activation
 SCALE_BITS = 3  # significant bits of such a scale
+CODE_LIMIT = 120  # of activations by group
 ROW_STEPS = np.float32(126)  # per-row recipe: a weight row's largest value, in steps
 
 IQ4_NL_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
@@ -28,6 +29,7 @@ class Blocks:
     d: np.ndarray  # float32 [out, in / group]
     m: np.ndarray | None
     group: int
+    centred: bool = False  # multiplied as d * (code - 8) + (m + 8 * d)
 
     def values(self) -> np.ndarray:
         """float32 [out, in], rounded once."""
@@ -51,6 +53,7 @@ def read_blocks(name: str, source: np.ndarray, rows: int, cols: int) -> Blocks:
         d.reshape(rows, -1),
         None if m is None else m.reshape(rows, -1),
         group,
+        name in CENTRED,
     )
 
 
@@ -153,6 +156,7 @@ _FORMATS = {  # inputs of a block, its bytes, how to read it
     "Q5_K": (256, 176, _q5_k),
     "Q6_K": (256, 210, _q6_k),
 }
+CENTRED = ("Q4_1", "Q4_K")
 OFFSETS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128, "IQ4_NL": 128, "Q3_K": 4, "Q6_K": 32}  # what was taken off the codes
 
 
@@ -169,24 +173,24 @@ def quantise_groups(x: np.ndarray, shifted: bool = False) -> tuple[np.ndarray, n
         offsets = np.float32(0.5) * (most + least)
         size = np.maximum(most - offsets, offsets - least)
         groups = groups - offsets[..., None]
-    scales = _bounded(size * np.float32(1 / np.float32(127.4)))
+    scales = _bounded(size * np.float32(1 / np.float32(CODE_LIMIT + 0.4)))
     below = np.uint32((1 << 24 - SCALE_BITS) - 1)
     scales = ((scales.view(np.uint32) + below) & ~below).view(np.float32)
-    return _codes(groups, scales[..., None]).reshape(x.shape), scales, offsets
+    return _codes(groups, scales[..., None], CODE_LIMIT).reshape(x.shape), scales, offsets
 
 
 def quantise_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """x float32 [rows, in] -> codes int32 [rows, in], scales float32 [rows]."""
     scales = _bounded(np.abs(x).max(axis=1) * np.float32(1 / np.float32(127)))
-    return _codes(x, scales[:, None]), scales
+    return _codes(x, scales[:, None], 127), scales
 
 
 def _bounded(scales: np.ndarray) -> np.ndarray:
     return np.clip(scales, np.float32(2.0**-64), np.float32(2.0**64))
 
 
-def _codes(x: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(x * (np.float32(1) / scales), np.float32(-127), np.float32(127))).astype(np.int32)
+def _codes(x: np.ndarray, scales: np.ndarray, limit: int) -> np.ndarray:
+    return np.rint(np.clip(x * (np.float32(1) / scales), np.float32(-limit), np.float32(limit))).astype(np.int32)
 
 
 # ---- products
@@ -196,6 +200,10 @@ def multiply_groups(weight: Blocks, x: np.ndarray, shifted: bool = False) -> np.
     """x [rows, in] times weight [out, in] -> float32 [rows, out], activations quantised per group of 32, `shifted` by
     the middle of their range or not."""
     codes, scales, offsets = quantise_groups(x, shifted)
+    if weight.centred:
+        assert weight.m is not None
+        centred = fused_multiply_add(np.float32(8), weight.d, weight.m)
+        weight = replace(weight, codes=weight.codes - 8, m=centred)
     per = GROUP // weight.group  # sums a group of 32 has: two with scales for 16 inputs
     x_parts = codes.reshape(len(x), -1, weight.group)
     w_parts = weight.codes.reshape(len(weight.codes), -1, weight.group)
