@@ -277,19 +277,6 @@ HEADRACE_INLINE float largest(const Layout& layout, const Block& block, int grou
     return result;
 }
 
-// Whether a group's codes count for nothing, and there is a code that says so.
-HEADRACE_INLINE bool has_zero_scale(const Layout& layout, const Block& block, int group) {
-    float d, m;
-    group_scale(layout, block, group, 0, d, m);
-    return d == 0 && !layout.halves && !layout.table;
-}
-
-// Gives groups whose scale is 0 the code of value 0, so that kernels need not keep their scale at 0 (see BlockScales).
-HEADRACE_INLINE void neutralise(const Layout& layout, Block& block, int groups) {
-    for (int group = 0; group < groups; group++)
-        if (has_zero_scale(layout, block, group)) std::memset(block.codes + 32 * group, layout.offset, 32);
-}
-
 // Where the codes are stored in the file's own order (16 nibbles bytes, or 32 bytes, of a block of 32): dwords move as they are.
 constexpr bool dwords_move(Format format) {
     return format == Format::Q4_0 || format == Format::Q4_1 || format == Format::Q8_0 || format == Format::IQ4_NL;
@@ -337,8 +324,6 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
     constexpr int step = block_bytes(format), groups = file_groups(layout);
     const int count = int(std::min<int64_t>(tile_rows, matrix.rows - tile * tile_rows));
     constexpr bool direct = dwords_move(format);
-    uint8_t zeros[32];  // codes of value 0, as the file has them
-    std::memset(zeros, layout.low_bits == 8 ? 0 : layout.offset * 0x11, sizeof zeros);
     Block block;
     for (int n = 0; n < count; n++) {
         const int64_t row = tile * tile_rows + n;
@@ -352,10 +337,9 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
             const float here = largest(layout, block, groups);
             most = std::max(most, here);
             if constexpr (direct) {
-                place_dwords(layout, super, n, first, has_zero_scale(layout, block, 0) ? zeros : p + step - 4 * layout.low_bits);
+                place_dwords(layout, super, n, first, p + step - 4 * layout.low_bits);
                 visit_scales(layout, super, n, first, groups, block, [](void* to, void* field, int bytes) { std::memcpy(to, field, size_t(bytes)); });
             } else {
-                neutralise(layout, block, groups);
                 place_block(layout, super, apart + g * layout.apart_bytes(), n, first, groups, block);
                 if constexpr (layout.apart_bits > 0) slack.add(block, here);
             }

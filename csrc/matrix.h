@@ -5,8 +5,8 @@
 //
 // A tile is 16 outputs. Every y[row][n] is summed in one order, whatever the ranges, the number of rows and the thread:
 //
-//   Recipe::group  (all quantised weights) per group of 32 inputs. Activation: scale s = max|x| * (1 / 120.4f), rounded up to a number
-//                  of `scale_bits` significant bits and kept in 2^-64..2^64; codes = round-half-even(x * (1 / s)). For groups ascending:
+//   Recipe::group  (all quantised weights) per group of 32 inputs. Activation: scale s = max|x| * (1 / 120f), kept in 2^-64..2^64;
+//                  codes = round-half-even(x * (1 / s)). For groups ascending:
 //                      acc = fma(m, s * sum of codes, acc)                  where the format has a minimum m
 //                      acc = fma(d * s, sum of (q - offset) * code, acc)
 //                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half, both minima first. The integer sums are exact:
@@ -94,7 +94,6 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 
 // ---- activations
 
-constexpr int scale_bits = 3;
 constexpr int group_code_limit = 120;  // of Recipe::group, Recipe::shifted: with a weight's code of 4 bits added, a code still fits 8 bits
 
 // 32 inputs of one row (Recipe::group, Recipe::shifted). Kernels read it as a stream.

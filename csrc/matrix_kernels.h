@@ -18,8 +18,8 @@ namespace {
 #if defined(__AVX512VNNI__)
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
 constexpr int blocked_from = 12;  // rows from which blocks of inputs pay
-constexpr int block_rows = 6;     // rows x 2 tiles of sums in registers
-constexpr int row_block_rows = 12;  // the same for Recipe::row
+constexpr int block_rows = 64;    // rows whose sums stay in the L1 cache while the groups of two tiles go by
+constexpr int row_block_rows = 12;  // Recipe::row: rows x 2 tiles of sums in registers
 constexpr int float_rows = 6, float_tiles = 4;
 #else
 #if defined(__AVX2__)
@@ -31,8 +31,7 @@ constexpr int float_rows = 4, float_tiles = 1;
 #endif
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
 constexpr int apart_ahead = 2048;   // the same of bits apart, beside which three times as many bytes are read
-constexpr int block_groups = 18;    // of inputs, unpacked at a time
-constexpr int row_block_groups = 28;  // the same for Recipe::row
+constexpr int row_block_groups = 28;  // Recipe::row: groups unpacked at a time
 constexpr int partial_rows = 512;   // rows whose sums wait between blocks of inputs
 constexpr int float_partial_rows = 256;  // the same of float weights
 constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
@@ -357,22 +356,50 @@ bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const fl
 
 #if defined(__AVX512VNNI__)
 
-constexpr int scale_classes = 1 << (scale_bits - 1);  // significands of an activation's scale
+// Two multiplications by one, as Winograd's inner product has it (1968): of inputs a, b and their weights v, w, codes of 4 bits,
+//     (a + W) (b + V) = a b + a V + b W + V W,   W = w + 120, V = v - 8.
+// Both sums fit in 8 bits, one without sign and one with. a b is summed up once for all outputs, V W once for all rows, and the additions have
+// ports to spare that multiplications have not. Four inputs a and four b, two quads, make a pair; with more pairs the additions would take longer.
+// What is to be summed up, a (v - 8) + b (w - 8), is then (a + W) (b + V) - V W - b (a + 128): GroupBlock::winograd has the last of all pairs, and
+// -8 a of the quads that are in none.
+constexpr int winograd_pairs = 3;  // quads 0 and 1, 2 and 3, 4 and 5
 
-// The scales and minima of a block of inputs of two tiles. Where they are added, of[t][c] holds d * s of each class of s, less the bits of
-// s's significand, so that adding the bits of s gives those of d * s: an integer addition, which has a port to spare where a multiplication
-// has none. It cannot keep a zero, but where d is 0 the codes are of value 0 (matrix_layout.h), and any number does.
-template <Format format, bool shifted>
-struct BlockScales {
-    static constexpr Layout layout = layout_of(format);
-    static constexpr bool added = !layout.halves && !layout.table;
-    static constexpr int rows = added ? scale_classes : layout.halves ? 2 : 1;
-    struct Group { float of[2][rows][16]; };
-    struct Minima { float m[2][layout.halves ? 2 : 1][16]; };
-    alignas(64) Group group[block_groups];
-    alignas(64) Minima minima[layout.has_min() ? block_groups : 1];
-    alignas(64) float whole[shifted ? block_groups : 1][2][16];  // W
+// A group of two tiles, in registers.
+template <Format format>
+struct GroupOfTiles {
+    static constexpr int halves = layout_of(format).halves ? 2 : 1;
+    Codes w[8][2];                      // in pairs W, V
+    Ints start[2];                      // - V W
+    Floats d[halves][2], m[halves][2], whole[2];
 };
+
+template <Format format, bool shifted>
+inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, const uint8_t* tile, int64_t tile_bytes, const uint8_t* apart, int64_t apart_bytes, int64_t group) {
+    constexpr Layout layout = layout_of(format);
+    const int in_super = int(group % layout.groups);
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++) {
+        const uint8_t* super = super_at<format>(tile + t * tile_bytes, group);
+        Codes w[8];
+        Floats d[2], m[2];
+        unpack_codes<format>(super + in_super * layout.group_bytes(), layout.apart_bits ? apart + t * apart_bytes + group * layout.apart_bytes() : nullptr, w);
+        load_centred_scales<format>(super, in_super, d, m);
+        if constexpr (shifted) to.whole[t] = weight_sum<format>(w, d, m);
+        if constexpr (layout.small()) {
+            Ints products = all_ints(0);
+#pragma GCC unroll 4
+            for (int i = 0; i < 2 * winograd_pairs; i += 2) {
+                const __m512i with_w = _mm512_add_epi8(w[i + 1].v, _mm512_set1_epi8(120)), with_v = _mm512_add_epi8(w[i].v, _mm512_set1_epi8(-8));
+                products.v = _mm512_dpbusd_epi32(products.v, with_w, with_v);
+                w[i].v = with_w, w[i + 1].v = with_v;
+            }
+            to.start[t] = all_ints(0) - products;
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) to.w[i][t] = w[i];
+        for (int h = 0; h <= layout.halves; h++) to.d[h][t] = d[h], to.m[h][t] = m[h];
+    }
+}
 
 // From memory: left to itself the compiler moves a word that is in a general register too, on a port that the dot products need.
 inline __m512i broadcast(const void* p) {
@@ -381,273 +408,32 @@ inline __m512i broadcast(const void* p) {
     return all;
 }
 
-// The row of `rows` for the class of a scale, whose significand's bits after the first are two of its third byte. In few instructions.
-inline const void* of_class(const float (&rows)[scale_classes][16], const float& scale) {
-    static_assert(scale_bits == 3 && sizeof rows[0] == 2 * 0x20);
-    return reinterpret_cast<const uint8_t*>(rows) + 2 * size_t(reinterpret_cast<const uint8_t*>(&scale)[2] & 0x60);
-}
-
-inline __m512i as_bits(Floats a) { return _mm512_castps_si512(a.v); }
-
-// What a block of inputs is multiplied as: bits apart are put together before.
-constexpr Format together(Format format) { return format == Format::Q8_0_APART ? Format::Q8_0 : format; }
-
-// A block of inputs of a tile, its bits together.
-struct Together {
-    static constexpr Layout layout = layout_of(Format::Q8_0);
-    alignas(64) uint8_t tile[layout.tile_head_bytes() + (block_groups + layout.groups - 1) / layout.groups * layout.super_bytes()];
-
-    void store(int group, const Codes (&w)[8]) {
-        uint8_t* planes = tile + layout.tile_head_bytes() + group / layout.groups * layout.super_bytes() + group % layout.groups * layout.group_bytes();
-        for (int i = 0; i < 8; i++) store_codes(planes + 64 * i, w[i]);
-    }
-};
-
-// Reads a tile's part of a block: its scales, and, of formats with bits apart, its codes.
-template <Format format, bool shifted>
-void read_block(BlockScales<together(format), shifted>& to, int t, const PackedMatrix& matrix, int64_t tile, int64_t group0, int groups, Together* codes) {
-    constexpr Layout layout = layout_of(format);
-    int in_super = int(group0 % layout.groups);
-    const uint8_t* super = super_at<format>(matrix.data + size_t(tile) * matrix.tile_bytes, group0);
-    const uint8_t* apart = apart_at<format>(matrix, tile, group0);
-    for (int g = 0; g < groups; g++, apart += layout.apart_bytes()) {
-        if (in_super == layout.groups) super += layout.super_bytes(), in_super = 0;
-        Floats d[2], m[2];
-        load_centred_scales<format>(super, in_super, d, m);
-        if constexpr (shifted || layout.apart_bits > 0) {
-            Codes w[8];
-            unpack_codes<format>(super + in_super * layout.group_bytes(), apart, w);
-            if constexpr (shifted) store(to.whole[g][t], weight_sum<format>(w, d, m));
-            if constexpr (layout.apart_bits > 0) codes->store(g, w);
-        }
-        in_super++;
-        if constexpr (!to.added) {
-            for (int h = 0; h <= layout.halves; h++) store(to.group[g].of[t][h], d[h]);
-        } else {
-            const __mmask16 nonzero = _mm512_cmp_ps_mask(d[0].v, _mm512_setzero_ps(), _CMP_NEQ_OQ);
-            for (int c = 0; c < scale_classes; c++) {
-                const Floats significand = all(1 + float(c) / scale_classes);
-                _mm512_store_si512(to.group[g].of[t][c], _mm512_maskz_sub_epi32(nonzero, as_bits(d[0] * significand), as_bits(significand)));
-            }
-        }
-        if constexpr (layout.has_min())
-            for (int h = 0; h <= layout.halves; h++) store(to.minima[g].m[t][h], m[h]);
-    }
-}
-
-// Packed weights that will be needed next, a block of each of two tiles: asked for step by step, a step being one group of one row block.
-struct Ahead {
-    const uint8_t *at, *past;  // of the first tile
-    int64_t tile_bytes, bytes;  // a step
-
-    static Ahead block(const uint8_t* at, size_t tile_bytes, int64_t blocks, int64_t steps) {
-        const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
-        return {at, at + lines * 64, int64_t(tile_bytes), (lines + steps - 1) / steps * 64};
-    }
-    // For one use, where the first-level cache has room until then; else into the second, for which loads have to wait longer.
-    template <bool once>
-    void step() {
-        if (at >= past) return;
-        for (const uint8_t* const to = at + bytes; at < to; at += 64)
-            if constexpr (once) prefetch_once(at), prefetch_once(at + tile_bytes);
-            else __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + tile_bytes, 0, 2);
-    }
-};
-
-// Asks for part [first, past) of `parts` of the lines from `at` on.
-inline void ask_for(const uint8_t* at, int64_t lines, int64_t first, int64_t past, int64_t parts) {
-    for (int64_t line = lines * first / parts; line < lines * past / parts; line++) prefetch_once(at + 64 * line);
-}
-
-// Adds `groups` groups from group0 on of two tiles to the sums of R rows. The sums start at 0 where this is the first block of inputs, and go
-// to `out` where it is the last; between blocks they wait in `partial`.
-template <Format format, bool shifted, int R>
-__attribute__((noinline)) void run_rows(const BlockScales<format, shifted>& scales, const uint8_t* tile, int64_t tile_bytes, int64_t group0, int groups,
-                                        const uint8_t* x, int64_t stride, float* partial, bool first, bool last, const Output (&out)[2],
-                                        Ahead& shared_ahead) {
-    constexpr Layout layout = layout_of(format);
-    Ahead ahead = shared_ahead;  // in registers
-    Floats acc[R][2];
-    if (first)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = zero();
-    else
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-            for (int t = 0; t < 2; t++) acc[r][t] = load(partial + (r * 2 + t) * 16);
-    int in_super = int(group0 % layout.groups);
-    const uint8_t* planes = super_at<format>(tile, group0) + in_super * layout.group_bytes();
-    const typename BlockScales<format, shifted>::Group* scale = scales.group;
-    for (int g = 0; g < groups; g++, scale++, x += sizeof(GroupBlock), planes += layout.group_bytes()) {
-        if (in_super++ == layout.groups) planes += layout.super_bytes() - layout.scales_at(), in_super = 1;
-        ahead.step<true>();
-        const uint8_t* upper = x + 3 * stride;  // so that few registers address all rows
-        auto block = [&](int r) -> const GroupBlock& {
-            return *reinterpret_cast<const GroupBlock*>(r < 3 ? x + r * stride : upper + (r - 3) * stride);
-        };
-        if constexpr (shifted) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-                for (int t = 0; t < 2; t++) acc[r][t] = fused(load(scales.whole[g][t]), all(block(r).offset), acc[r][t]);
-        }
-        if constexpr (layout.has_min()) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-                for (int t = 0; t < 2; t++) {
-                    const auto& m = scales.minima[g].m[t];
-                    if constexpr (layout.halves) acc[r][t] = fused(load(m[1]), all(high_sum(block(r))), fused(load(m[0]), all(low_sum(block(r))), acc[r][t]));
-                    else acc[r][t] = fused(load(m[0]), all(block(r).sum), acc[r][t]);
-                }
-        }
-        Ints sum[R][2];
-        auto begin = [&](int half) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-                sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
-        };
-        auto add_quad = [&]<int i>() {
-            const Codes w0 = quad<format, i>(planes, nullptr), w1 = quad<format, i>(planes + tile_bytes, nullptr);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                const __m512i all = _mm512_set1_epi32(load_word(block(r).codes + 4 * i));
-                sum[r][0].v = _mm512_dpbusd_epi32(sum[r][0].v, w0.v, all);
-                sum[r][1].v = _mm512_dpbusd_epi32(sum[r][1].v, w1.v, all);
-            }
-        };
-        auto finish = [&](int half) {
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-                for (int t = 0; t < 2; t++) {
-                    Floats product;  // d * s
-                    if constexpr (!BlockScales<format, shifted>::added) product = load(scale->of[t][half]) * all(block(r).scale);
-                    else product.v = _mm512_castsi512_ps(_mm512_add_epi32(broadcast(&block(r).scale), _mm512_load_si512(of_class(scale->of[t], block(r).scale))));
-                    acc[r][t] = fused(product, to_floats(sum[r][t]), acc[r][t]);
-                }
-        };
-        begin(0);
-        if constexpr (layout.halves) {
-            add_quad.template operator()<0>(), add_quad.template operator()<1>(), add_quad.template operator()<2>(), add_quad.template operator()<3>();
-            finish(0), begin(1);
-            add_quad.template operator()<4>(), add_quad.template operator()<5>(), add_quad.template operator()<6>(), add_quad.template operator()<7>();
-        } else {  // quads i and i + 4 share their bytes in the nibble formats
-            add_quad.template operator()<0>(), add_quad.template operator()<4>(), add_quad.template operator()<1>(), add_quad.template operator()<5>();
-            add_quad.template operator()<2>(), add_quad.template operator()<6>(), add_quad.template operator()<3>(), add_quad.template operator()<7>();
-        }
-        finish(layout.halves);
-    }
-    shared_ahead = ahead;
-    if (last) {
-#pragma GCC unroll 2
-        for (int t = 0; t < 2; t++)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) out[t].put(r, acc[r][t]);
-    } else {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-            for (int t = 0; t < 2; t++) store(partial + (r * 2 + t) * 16, acc[r][t]);
-    }
-}
-
-// Two tiles; `after`: those that are read next, taken to be as long.
-template <Format format, bool shifted>
-void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
-    constexpr bool has_apart = layout_of(format).apart_bits > 0;
-    const PackedMatrix& w = *p.weight;
-    const int64_t groups = w.cols / 32, rows = row1 - row0;
-    BlockScales<together(format), shifted> scales;
-    alignas(64) float partial[partial_rows * 2 * 16];
-    Together codes[has_apart ? 2 : 1];
-    const uint8_t* packed = w.data + size_t(tile) * w.tile_bytes;
-    const int64_t blocks = (groups + block_groups - 1) / block_groups;
-    for (int64_t b = 0; b < blocks; b++) {
-        const int64_t group0 = groups * b / blocks, group1 = groups * (b + 1) / blocks;
-        for (int t = 0; t < 2; t++) read_block<format, shifted>(scales, t, w, tile + t, group0, int(group1 - group0), codes + (has_apart ? t : 0));
-        const uint8_t* tiles = has_apart ? codes[0].tile : packed;
-        const int64_t stride = has_apart ? int64_t(sizeof(Together)) : int64_t(w.tile_bytes);
-        Ahead ahead = Ahead::block(b + 1 < blocks ? super_at<format>(packed, group1) : after, w.tile_bytes, blocks,
-                                   (rows + block_rows - 1) / block_rows * (group1 - group0));
-        even_pieces(rows, block_rows, [&](int64_t first, int64_t count) {
-            if constexpr (has_apart)  // the bits apart of two tiles lie together
-                ask_for(apart_at<format>(w, tile + 2, 0), 2 * int64_t(w.apart_bytes) / 64, b * rows + first, b * rows + first + count, blocks * rows);
-            const Output out[2] = {Output(p, row0 + first, tile), Output(p, row0 + first, tile + 1)};
-            with_rows<block_rows>(int(count), [&]<int R>() {
-                run_rows<together(format), shifted, R>(scales, tiles, stride, has_apart ? 0 : group0, int(group1 - group0),
-                                    p.x->row(row0 + first) + group0 * int64_t(sizeof(GroupBlock)), p.x->row_bytes, partial + first * 2 * 16, b == 0,
-                                    b + 1 == blocks, out, ahead);
-            });
-        });
-    }
-}
-
-// ---- many rows, codes of 4 bits
-
-// Two multiplications by one, as Winograd's inner product has it (1968): of inputs a, b and their weights v, w,
-//     (a + W) (b + V) = a b + a V + b W + V W,   W = w + 120, V = v - 8.
-// A quad of a and one of b make a pair; sums fit in 8 bits, without and with sign. a b is summed up once a row (with -8 b V's.. see GroupBlock),
-// V W once a tile; additions have ports to spare that multiplications have not. With more pairs the additions would need longer.
-// The integer sums are the same as one by one.
-constexpr int winograd_pairs = 3;    // quads 0 and 1, 2 and 3, 4 and 5
-constexpr int winograd_block = 64;   // rows whose sums stay in the L1 cache while the groups of a block of inputs go by
-
-// A group of two tiles, in registers.
-template <Format format>
-struct PairedGroup {
-    Codes w[8][2];  // V or W, or as they are
-    Ints start[2];  // less V W
-    Floats d[2], m[2], whole[2];
-};
-
-template <Format format, bool shifted>
-inline __attribute__((always_inline)) void read_paired(PairedGroup<format>& to, const uint8_t* tile, int64_t tile_bytes, int64_t group) {
-    constexpr Layout layout = layout_of(format);
-    const int in_super = int(group % layout.groups);
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; t++) {
-        const uint8_t* super = super_at<format>(tile + t * tile_bytes, group);
-        Codes c[8];
-        Floats d[2], m[2];
-        unpack_codes<format>(super + in_super * layout.group_bytes(), nullptr, c);
-        load_centred_scales<format>(super, in_super, d, m);
-        to.d[t] = d[0], to.m[t] = m[0];
-        if constexpr (shifted) to.whole[t] = weight_sum<format>(c, d, m);
-        Ints products = all_ints(0);
-#pragma GCC unroll 4
-        for (int i = 0; i < 2 * winograd_pairs; i += 2) {
-            const Codes sum{_mm512_add_epi8(c[i + 1].v, _mm512_set1_epi8(120))}, difference{_mm512_add_epi8(c[i].v, _mm512_set1_epi8(-8))};
-            products.v = _mm512_dpbusd_epi32(products.v, sum.v, difference.v);
-            c[i] = sum, c[i + 1] = difference;
-        }
-        to.start[t] = all_ints(0) - products;
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) to.w[i][t] = c[i];
-    }
-}
-
-// Adds a group to the sums of R rows, which are 0 where it is the first; sums of the last go to `out`, those of others to `sums`.
+// Adds a group to the sums of R rows from `row` on, which are 0 where it is the first. Those of the last go to `out`, others to `sums`.
 template <Format format, bool shifted, bool first, bool last, int R>
-inline __attribute__((always_inline)) void add_paired(const PairedGroup<format>& group, const uint8_t* x, int64_t stride, float* sums, const Output (&out)[2],
-                                                      int64_t row) {
+inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>& group, const uint8_t* x, int64_t stride, float* sums, const Output (&out)[2],
+                                                     int64_t row) {
     constexpr Layout layout = layout_of(format);
     auto block = [&](int r) -> const GroupBlock& { return *reinterpret_cast<const GroupBlock*>(x + r * stride); };
     Ints sum[R][2];
+    auto begin = [&](int half) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        const __m512i of_row = broadcast(&block(r).winograd);
-        for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_add_epi32(group.start[t].v, of_row);
-    }
-    auto add_quad = [&](int i) {
+        for (int r = 0; r < R; r++) {
+            if constexpr (layout.small()) {
+                const __m512i of_row = broadcast(&block(r).winograd);
+                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_add_epi32(group.start[t].v, of_row);
+            } else {
+                sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
+            }
+        }
+    };
+    auto add_quad = [&](int i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const __m512i a = broadcast(block(r).codes + 4 * i);
             for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, group.w[i][t].v, a);
         }
     };
-    auto add_pair = [&](int i) {
+    auto add_pair = [&](int i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const __m512i a = broadcast(block(r).codes + 4 * i), b = broadcast(block(r).codes + 4 * i + 4);
@@ -655,71 +441,96 @@ inline __attribute__((always_inline)) void add_paired(const PairedGroup<format>&
                 sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, _mm512_add_epi8(a, group.w[i][t].v), _mm512_add_epi8(b, group.w[i + 1][t].v));
         }
     };
-    static_assert(winograd_pairs == 3);
-    add_pair(0), add_quad(6), add_pair(2), add_quad(7), add_pair(4);
+    auto finish = [&](int half) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-        const Floats scale{_mm512_castsi512_ps(broadcast(&block(r).scale))};
+        for (int r = 0; r < R; r++) {
+            const Floats scale{_mm512_castsi512_ps(broadcast(&block(r).scale))};
 #pragma GCC unroll 2
-        for (int t = 0; t < 2; t++) {
-            float* const at = sums + (r * 2 + t) * 16;
-            Floats acc = first ? zero() : load(at);
-            if constexpr (shifted) acc = fused(group.whole[t], all(block(r).offset), acc);
-            if constexpr (layout.has_min()) acc = fused(group.m[t], all(block(r).sum), acc);
-            acc = fused(group.d[t] * scale, to_floats(sum[r][t]), acc);
-            if constexpr (last) out[t].put(row + r, acc);
-            else store(at, acc);
+            for (int t = 0; t < 2; t++) {
+                float* const at = sums + (r * 2 + t) * 16;
+                Floats acc = first && half == 0 ? zero() : load(at);
+                if constexpr (shifted)
+                    if (half == 0) acc = fused(group.whole[t], all(block(r).offset), acc);
+                if constexpr (layout.has_min() && layout.halves) {
+                    if (half == 0) acc = fused(group.m[1][t], all(high_sum(block(r))), fused(group.m[0][t], all(low_sum(block(r))), acc));
+                } else if constexpr (layout.has_min()) {
+                    acc = fused(group.m[0][t], all(block(r).sum), acc);
+                }
+                acc = fused(group.d[half][t] * scale, to_floats(sum[r][t]), acc);
+                if (last && half == layout.halves) out[t].put(row + r, acc);
+                else store(at, acc);
+            }
+        }
+    };
+    begin(0);
+    if constexpr (layout.small()) {
+        static_assert(winograd_pairs == 3);
+        add_pair(0), add_quad(6), add_pair(2), add_quad(7), add_pair(4);
+    } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            if (layout.halves && i == 4) finish(0), begin(1);
+            add_quad(i);
         }
     }
+    finish(layout.halves);
 }
 
-// Asks for a group of packed weights.
+// Asks for a group of a tile's packed weights.
 template <Format format>
-inline void ask_for_group(const uint8_t* tile, int64_t group) {
+inline __attribute__((always_inline)) void ask_for(const uint8_t* tile, const uint8_t* apart, int64_t group) {
     constexpr Layout layout = layout_of(format);
     constexpr int step = (layout.super_bytes() + layout.groups - 1) / layout.groups;  // bytes, with a group
     const uint8_t* at = super_at<format>(tile, group) + group % layout.groups * step;
     for (int i = 0; i < step; i += 64) prefetch_once(at + i);
+    for (int i = 0; i < layout.apart_bytes(); i += 64) prefetch_once(apart + group * layout.apart_bytes() + i);
 }
 
-// Two tiles and a block of rows; `after`: tiles that are read next, taken to be as long.
+// Two tiles and up to `block_rows` rows; `after`: the tiles that are read next, taken to be as long.
 template <Format format, bool shifted>
-__attribute__((noinline)) void multiply_paired(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
-    constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: sums and a group in registers
+__attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
+    constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: their sums and the group are in registers
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, stride = p.x->row_bytes, lead = std::min(groups, 2 + 256 / rows);
-    alignas(64) float sums[winograd_block * 2 * 16];
-    const uint8_t* const packed = w.data + size_t(tile) * w.tile_bytes;
-    const uint8_t* x = p.x->row(row0);
+    const int64_t tile_bytes = int64_t(w.tile_bytes), apart_bytes = int64_t(w.apart_bytes);
+    const uint8_t *const packed = w.data + tile * tile_bytes, *const apart = w.apart + tile * apart_bytes;
     const Output out[2] = {Output(p, row0, tile), Output(p, row0, tile + 1)};
+    alignas(64) float sums[block_rows * 2 * 16];
+    if (groups == 1) std::memset(sums, 0, size_t(rows) * 2 * 64);
+    const uint8_t* x = p.x->row(row0);
+    int64_t asked = 0;  // rows whose results will be written without delay
     for (int64_t g = 0; g < groups; g++, x += sizeof(GroupBlock)) {
-        PairedGroup<format> group;
-        read_paired<format, shifted>(group, packed, int64_t(w.tile_bytes), g);
-        const int64_t soon = g + lead;
-        for (int t = 0; t < 2; t++) ask_for_group<format>((soon < groups ? packed : after) + t * w.tile_bytes, soon < groups ? soon : soon - groups);
-        auto run = [&]<bool first, bool last>() __attribute__((always_inline)) {
+        GroupOfTiles<format> group;
+        read_group<format, shifted>(group, packed, tile_bytes, apart, apart_bytes, g);
+        const int64_t soon = g + lead < groups ? g + lead : g + lead - groups;
+        const uint8_t* const soon_packed = g + lead < groups ? packed : after;
+        const uint8_t* const soon_apart = g + lead < groups ? apart : apart + 2 * apart_bytes;
+        for (int t = 0; t < 2; t++) ask_for<format>(soon_packed + t * tile_bytes, soon_apart + t * apart_bytes, soon);
+        if (g + 1 < groups)
+            for (; asked * groups < rows * (g + 1); asked++)
+                for (const Output& tile_out : out) prefetch_to_write(tile_out.y + asked * tile_out.ldy);
+        auto add_to_all = [&]<bool first, bool last>() __attribute__((always_inline)) {
             const uint8_t* from = x;
             float* to = sums;
             int64_t row = 0;
             for (; row + at_once <= rows; row += at_once, from += at_once * stride, to += at_once * 2 * 16)
-                add_paired<format, shifted, first, last, at_once>(group, from, stride, to, out, row);
+                add_group<format, shifted, first, last, at_once>(group, from, stride, to, out, row);
             if (row < rows)
-                with_rows<at_once - 1>(int(rows - row), [&]<int R>() { add_paired<format, shifted, first, last, R>(group, from, stride, to, out, row); });
+                with_rows<at_once - 1>(int(rows - row), [&]<int R>() { add_group<format, shifted, first, last, R>(group, from, stride, to, out, row); });
         };
-        if (g + 1 == groups) run.template operator()<false, true>();
-        else if (g == 0) run.template operator()<true, false>();
-        else run.template operator()<false, false>();
+        if (g + 1 == groups) add_to_all.template operator()<false, true>();
+        else if (g == 0) add_to_all.template operator()<true, false>();
+        else add_to_all.template operator()<false, false>();
     }
 }
 
+// Two tiles.
 template <Format format, bool shifted>
-void multiply_by_groups(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
-    if constexpr (layout_of(format).small())
-        even_pieces(row1 - row0, winograd_block, [&](int64_t first, int64_t count) {
-            const uint8_t* const next = row0 + first + count < row1 ? p.weight->data + size_t(tile) * p.weight->tile_bytes : after;
-            multiply_paired<format, shifted>(p, row0 + first, count, tile, next);
-        });
-    else multiply_blocked<format, shifted>(p, row0, row1, tile, after);
+void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
+    even_pieces(row1 - row0, block_rows, [&](int64_t first, int64_t count) {
+        const uint8_t* const next = row0 + first + count < row1 ? p.weight->data + size_t(tile) * p.weight->tile_bytes : after;
+        multiply_block<format, shifted>(p, row0 + first, count, tile, next);
+    });
 }
 
 #endif
@@ -792,6 +603,21 @@ void multiply_direct_by_row(const Product& p, int64_t row0, int64_t row1, int64_
 
 #if defined(__AVX512VNNI__)
 
+// Packed weights that will be needed next, a block of each of two tiles: asked for step by step, a step being one group of one row block.
+struct Ahead {
+    const uint8_t *at, *past;  // of the first tile
+    int64_t tile_bytes, bytes;  // a step
+
+    static Ahead block(const uint8_t* at, size_t tile_bytes, int64_t blocks, int64_t steps) {
+        const int64_t lines = int64_t(tile_bytes) / 64 / blocks + 1;
+        return {at, at + lines * 64, int64_t(tile_bytes), (lines + steps - 1) / steps * 64};
+    }
+    void step() {  // into the second-level cache: the first has no room for so long
+        if (at >= past) return;
+        for (const uint8_t* const to = at + bytes; at < to; at += 64) __builtin_prefetch(at, 0, 2), __builtin_prefetch(at + tile_bytes, 0, 2);
+    }
+};
+
 struct RowCodes {  // of a block of inputs of two tiles
     alignas(64) uint8_t group[row_block_groups][8][2][64];
 };
@@ -815,7 +641,7 @@ __attribute__((noinline)) void run_rows_by_row(const RowCodes& u, const uint8_t*
 #pragma GCC unroll 2
             for (int t = 0; t < 2; t++) sum[r][t] = load_ints(partial + (r * 2 + t) * 16);
     for (int g = 0; g < groups; g++, x += 32) {
-        ahead.step<false>();
+        ahead.step();
         const uint8_t* rows[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride};
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
@@ -886,8 +712,8 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
 #if defined(__AVX512VNNI__)
     if (row1 - row0 >= blocked_from) {
         const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
-                             : recipe == Recipe::shifted ? multiply_by_groups<format, true>
-                                                         : multiply_by_groups<format, false>;
+                             : recipe == Recipe::shifted ? multiply_blocked<format, true>
+                                                         : multiply_blocked<format, false>;
         even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
             const int64_t from = row0 + first, to = from + count;
             int64_t tile = tile0;
@@ -978,9 +804,7 @@ void multiply_float(const Product& p, int64_t row0, int64_t row1, int64_t tile0,
 
 // Scales of 16 groups, from the greatest sizes of their inputs.
 inline Floats group_scales(Floats sizes) {
-    const Floats scales = min(all(0x1p64f), max(all(0x1p-64f), sizes * all(1 / (group_code_limit + 0.4f))));  // a NaN stays one
-    constexpr uint32_t below = (1u << (24 - scale_bits)) - 1;
-    return rounded_up<below>(scales);
+    return min(all(0x1p64f), max(all(0x1p-64f), sizes * all(1.0f / group_code_limit)));  // a NaN stays one
 }
 
 template <bool shifted>

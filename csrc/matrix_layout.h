@@ -7,7 +7,6 @@
 // b x 64 bytes; quad i is in the (i % b)th 64, at bit i / b * b of every byte. 8-bit codes are signed, kept as code + 128.
 // With two bits apart, the others of quads 0 to 5 are the high bits of 64 bytes each, whose low bits are, from the highest, those of quad 6
 // (in the first three) and of quad 7. The bits apart of all groups, a plane of two bits each, lie in a place of their own after all tiles.
-// Groups with one scale that is 0 hold codes of value 0 (but for IQ4_NL, which has none).
 // Scales are rows of 16, one for each output: fp16 d, or fp16 d and fp16 m, for every group; the K formats have fp16 d (and dmin) once
 // and a row of bytes (or two, with 16-wide groups; two more for their minima) for every group.
 // Float formats: F32 [input][16], F16 [input][16], BF16 [input pair][16][2], the last pair padded with 0.

@@ -50,10 +50,6 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) { return {_mm
 constexpr bool wide_dot_is_signed = false;  // whether wide codes count as code - 128
 
 inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
-// Positive numbers with the bits of `below` (2^n - 1) as 0: the next number that has them so.
-template <uint32_t below> inline Floats rounded_up(Floats a) {
-    return {_mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(below), _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(below))))};
-}
 // Without a detour over memory, where a load of what several stores wrote waits for all of them.
 inline Floats with_lane(Floats a, int lane, float x) { return {_mm512_mask_broadcastss_ps(a.v, __mmask16(1 << lane), _mm_set_ss(x))}; }
 inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -134,10 +130,6 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
 constexpr bool wide_dot_is_signed = true;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return fma(x, y, z); }
-template <uint32_t below> inline __m256 rounded_up(__m256 x) {
-    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_set1_epi32(below), _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(below))));
-}
-template <uint32_t below> inline Floats rounded_up(Floats x) { return {rounded_up<below>(x.a), rounded_up<below>(x.b)}; }
 inline __m256 with_lane(__m256 a, int lane, float x) {
     const __m256i here = _mm256_cmpeq_epi32(_mm256_set1_epi32(lane), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     return _mm256_blendv_ps(a, _mm256_set1_ps(x), _mm256_castsi256_ps(here));
@@ -215,7 +207,6 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
 constexpr bool wide_dot_is_signed = false;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return each([&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); }); }
-template <uint32_t below> inline Floats rounded_up(Floats x) { return each([&](int i) { return from_bits((to_bits(x.v[i]) + below) & ~below); }); }
 inline Floats with_lane(Floats a, int lane, float x) { a.v[lane] = x; return a; }
 inline Ints round_to_ints(Floats x) { return each_int([&](int i) { return int32_t(std::nearbyintf(x.v[i])); }); }
 inline void store_low_bytes(int8_t* p, Ints x) { for (int i = 0; i < kLanes; i++) p[i] = int8_t(x.v[i]); }

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 GROUP = 32  # inputs that share a scale of the activation
-SCALE_BITS = 3  # significant bits of such a scale
 CODE_LIMIT = 120  # of activations by group
 ROW_STEPS = np.float32(126)  # per-row recipe: a weight row's largest value, in steps
 
@@ -173,9 +172,7 @@ def quantise_groups(x: np.ndarray, shifted: bool = False) -> tuple[np.ndarray, n
         offsets = np.float32(0.5) * (most + least)
         size = np.maximum(most - offsets, offsets - least)
         groups = groups - offsets[..., None]
-    scales = _bounded(size * np.float32(1 / np.float32(CODE_LIMIT + 0.4)))
-    below = np.uint32((1 << 24 - SCALE_BITS) - 1)
-    scales = ((scales.view(np.uint32) + below) & ~below).view(np.float32)
+    scales = _bounded(size * (np.float32(1) / np.float32(CODE_LIMIT)))
     return _codes(groups, scales[..., None], CODE_LIMIT).reshape(x.shape), scales, offsets
 
 
