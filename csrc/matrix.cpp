@@ -476,7 +476,8 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out) {
 namespace {
 int64_t row_size(Recipe recipe, int64_t cols) {
     switch (recipe) {
-        case Recipe::group: case Recipe::shifted: return cols / 32 * int64_t(sizeof(GroupBlock));
+        // An odd number of lines: rows are read side by side, and lines a power of two apart drive each other out of the L1 cache.
+        case Recipe::group: case Recipe::shifted: return ((cols / 32 * int64_t(sizeof(GroupBlock)) + 63) / 64 | 1) * 64;
         case Recipe::row: return int64_t(sizeof(RowHead)) + (cols + 63) / 64 * 64;
         case Recipe::bf16: return (cols + 31) / 32 * 64;
         case Recipe::f32: return (cols + 15) / 16 * 64;

@@ -17,7 +17,9 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
-constexpr int blocked_from = 12;  // rows from which blocks of inputs pay
+constexpr int blocked_from = 9;   // rows from which a group of two tiles is read for many rows,
+constexpr int small_blocked_from = 4;  // the same of codes of 4 bits,
+constexpr int row_blocked_from = 12;   // and by Recipe::row
 constexpr int block_rows = 64;    // rows whose sums stay in the L1 cache while the groups of two tiles go by
 constexpr int row_block_rows = 12;  // Recipe::row: rows x 2 tiles of sums in registers
 constexpr int float_rows = 6, float_tiles = 4;
@@ -710,7 +712,7 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
                         : recipe == Recipe::shifted ? multiply_direct<format, true>
                                                     : multiply_direct<format, false>;
 #if defined(__AVX512VNNI__)
-    if (row1 - row0 >= blocked_from) {
+    if (row1 - row0 >= (recipe == Recipe::row ? row_blocked_from : layout_of(format).small() ? small_blocked_from : blocked_from)) {
         const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
                              : recipe == Recipe::shifted ? multiply_blocked<format, true>
                                                          : multiply_blocked<format, false>;
