@@ -18,7 +18,7 @@ namespace {
 #if defined(__AVX512VNNI__)
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
 constexpr int blocked_from = 9;   // rows from which a group of two tiles is read for many rows,
-constexpr int small_blocked_from = 4;  // the same of codes of 4 bits,
+constexpr int small_blocked_from = 8;  // the same of codes of 4 bits,
 constexpr int row_blocked_from = 12;   // and by Recipe::row
 constexpr int block_rows = 64;    // rows whose sums stay in the L1 cache while the groups of two tiles go by
 constexpr int row_block_rows = 12;  // Recipe::row: rows x 2 tiles of sums in registers
@@ -493,7 +493,7 @@ template <Format format, bool shifted>
 __attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
     constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: their sums and the group are in registers
     const PackedMatrix& w = *p.weight;
-    const int64_t groups = w.cols / 32, stride = p.x->row_bytes, lead = std::min(groups, 2 + 256 / rows);
+    const int64_t groups = w.cols / 32, stride = p.x->row_bytes, lead = std::min(groups, 2 + 256 / std::max<int64_t>(rows, 24));
     const int64_t tile_bytes = int64_t(w.tile_bytes), apart_bytes = int64_t(w.apart_bytes);
     const uint8_t *const packed = w.data + tile * tile_bytes, *const apart = w.apart + tile * apart_bytes;
     const Output out[2] = {Output(p, row0, tile), Output(p, row0, tile + 1)};
