@@ -9,11 +9,11 @@
 //                  codes = round-half-even(x * (1 / s)). For groups ascending:
 //                      acc = fma(m, s * sum of codes, acc)                  where the format has a minimum m
 //                      acc = fma(d * s, sum of (q - offset) * code, acc)
-//                  Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for each half, both minima first. The integer sums are exact:
-//                  the result has the same bits on every instruction set.
+//                  Q4_1 and Q4_K take 8 for their offset and fma(8, d, m) for m. Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for
+//                  each half, both minima first. The integer sums are exact: the result has the same bits on every instruction set.
 //   Recipe::shifted as group, but the codes are of x - o, o being the middle of the group's range, 0.5 * (max x + min x): half the error where
 //                  a group has outliers, for a tenth more time. Before a group's other sums, acc = fma(W, o, acc), where W is the sum of
-//                  the group's weights: d * (sum of (q - offset)), or fma(d, sum of q, 32 * m); with halves fma(d1, sum1, d0 * sum0), or
+//                  the group's weights: d * (sum of (q - offset)), or fma(d, that, 32 * m); with halves fma(d1, sum1, d0 * sum0), or
 //                  fma(d1, sum1, fma(d0, sum0, 16 * (m0 + m1))).
 //   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| * (1 / 127f); codes as above. Weights: int8 too, the
 //                  file's values in steps of their row's D = max|w| / 126: with f = round(d * (256 / D)) and
@@ -115,7 +115,7 @@ struct RowHead {
 };
 
 // Rows of x ready for products, in memory of the caller's (activation_bytes, 64-byte aligned).
-//   group, shifted: GroupBlock [rows][cols / 32]        row: RowHead, int8 codes [cols] for each row
+//   group, shifted: GroupBlock [rows][cols / 32], rows padded    row: RowHead, int8 codes [cols] for each row
 //   bf16:  uint16 [rows][cols, padded to 32 with 0]     f32: float [rows][cols, padded to 16 with 0]
 struct Activation {
     Recipe recipe;
@@ -145,7 +145,7 @@ struct Kernels {
     Isa isa;
     // Row `row` of the activation from x float32 [cols].
     void (*quantise_row)(const Activation& activation, int64_t row, const float* x);
-    // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; about 128 KiB of stack is used. Best cut: few rows,
+    // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; less than 128 KiB of stack is used. Best cut: few rows,
     // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
     void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
     // Of Q8_0_APART, by Recipe::group or Recipe::shifted: false if all sums of these rows and the tile, as multiply() makes them before it adds

@@ -1,8 +1,8 @@
 // The product kernels, written once and compiled for each instruction set (the including file sets HEADRACE_ISA and flags).
 //
-// A product walks over tiles of 16 outputs. Few rows: a tile's groups are unpacked into registers and used at once for up to
-// `direct_rows` rows (the weights stream past once). Many rows: the scales of a block of inputs of two tiles are made floats once, and every row
-// block runs over it; its codes stay in the L1 cache. Both sum in the order that matrix.h states.
+// A product walks over tiles of 16 outputs. Few rows: a tile's groups are unpacked into registers and used at once for up to `direct_rows` rows,
+// whose sums are in registers (the weights stream past once). Many rows: a group of two tiles is unpacked into registers and used for up to
+// `block_rows` rows, whose sums are in the L1 cache. Both sum in the order that matrix.h states.
 #pragma once
 
 #include <algorithm>
@@ -17,9 +17,7 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
-constexpr int blocked_from = 9;   // rows from which a group of two tiles is read for many rows,
-constexpr int small_blocked_from = 8;  // the same of codes of 4 bits,
-constexpr int row_blocked_from = 12;   // and by Recipe::row
+constexpr int blocked_from = 9, small_blocked_from = 8, row_blocked_from = 12;  // rows that count as many: of codes of 4 bits, by Recipe::row
 constexpr int block_rows = 64;    // rows whose sums stay in the L1 cache while the groups of two tiles go by
 constexpr int row_block_rows = 12;  // Recipe::row: rows x 2 tiles of sums in registers
 constexpr int float_rows = 6, float_tiles = 4;
@@ -361,22 +359,23 @@ bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const fl
 // Two multiplications by one, as Winograd's inner product has it (1968): of inputs a, b and their weights v, w, codes of 4 bits,
 //     (a + W) (b + V) = a b + a V + b W + V W,   W = w + 120, V = v - 8.
 // Both sums fit in 8 bits, one without sign and one with. a b is summed up once for all outputs, V W once for all rows, and the additions have
-// ports to spare that multiplications have not. Four inputs a and four b, two quads, make a pair; with more pairs the additions would take longer.
-// What is to be summed up, a (v - 8) + b (w - 8), is then (a + W) (b + V) - V W - b (a + 128): GroupBlock::winograd has the last of all pairs, and
-// -8 a of the quads that are in none.
+// ports to spare that multiplications have not. What is to be summed up, a (v - 8) + b (w - 8), is (a + W) (b + V) - V W - b (a + 128).
+// Four inputs a and four b, two quads, make a pair. With more pairs than these the additions would take longer. GroupBlock::winograd is the sum of
+// -b (a + 128) over the pairs and of -8 a over the quads that are in none.
 constexpr int winograd_pairs = 3;  // quads 0 and 1, 2 and 3, 4 and 5
 
-// A group of two tiles, in registers.
+// A group of two tiles. It stays in registers where everything that it goes through is inlined.
 template <Format format>
 struct GroupOfTiles {
     static constexpr int halves = layout_of(format).halves ? 2 : 1;
-    Codes w[8][2];                      // in pairs W, V
-    Ints start[2];                      // - V W
+    Codes w[8][2];  // quads; W and V of those in a pair
+    Ints start[2];  // - V W of all pairs
     Floats d[halves][2], m[halves][2], whole[2];
 };
 
 template <Format format, bool shifted>
-inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, const uint8_t* tile, int64_t tile_bytes, const uint8_t* apart, int64_t apart_bytes, int64_t group) {
+inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, const uint8_t* tile, int64_t tile_bytes, const uint8_t* apart,
+                                                      int64_t apart_bytes, int64_t group) {
     constexpr Layout layout = layout_of(format);
     const int in_super = int(group % layout.groups);
 #pragma GCC unroll 2
@@ -391,7 +390,7 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
             Ints products = all_ints(0);
 #pragma GCC unroll 4
             for (int i = 0; i < 2 * winograd_pairs; i += 2) {
-                const __m512i with_w = _mm512_add_epi8(w[i + 1].v, _mm512_set1_epi8(120)), with_v = _mm512_add_epi8(w[i].v, _mm512_set1_epi8(-8));
+                const __m512i with_w = _mm512_add_epi8(w[i + 1].v, _mm512_set1_epi8(group_code_limit)), with_v = _mm512_add_epi8(w[i].v, _mm512_set1_epi8(-8));
                 products.v = _mm512_dpbusd_epi32(products.v, with_w, with_v);
                 w[i].v = with_w, w[i + 1].v = with_v;
             }
@@ -467,7 +466,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
     begin(0);
     if constexpr (layout.small()) {
         static_assert(winograd_pairs == 3);
-        add_pair(0), add_quad(6), add_pair(2), add_quad(7), add_pair(4);
+        add_quad(6), add_pair(0), add_quad(7), add_pair(2), add_pair(4);
     } else {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
@@ -478,7 +477,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
     finish(layout.halves);
 }
 
-// Asks for a group of a tile's packed weights.
+// Asks for a group of a tile's packed weights. Always inlined: GCC leaves out calls of a function that only prefetches.
 template <Format format>
 inline __attribute__((always_inline)) void ask_for(const uint8_t* tile, const uint8_t* apart, int64_t group) {
     constexpr Layout layout = layout_of(format);
@@ -491,7 +490,7 @@ inline __attribute__((always_inline)) void ask_for(const uint8_t* tile, const ui
 // Two tiles and up to `block_rows` rows; `after`: the tiles that are read next, taken to be as long.
 template <Format format, bool shifted>
 __attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
-    constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: their sums and the group are in registers
+    constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: their integer sums and the group fit in the registers
     const PackedMatrix& w = *p.weight;
     const int64_t groups = w.cols / 32, stride = p.x->row_bytes, lead = std::min(groups, 2 + 256 / std::max<int64_t>(rows, 24));
     const int64_t tile_bytes = int64_t(w.tile_bytes), apart_bytes = int64_t(w.apart_bytes);
@@ -500,7 +499,7 @@ __attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, in
     alignas(64) float sums[block_rows * 2 * 16];
     if (groups == 1) std::memset(sums, 0, size_t(rows) * 2 * 64);
     const uint8_t* x = p.x->row(row0);
-    int64_t asked = 0;  // rows whose results will be written without delay
+    int64_t asked = 0;  // rows whose results' lines were asked for: all are written with the last group, and each write would wait
     for (int64_t g = 0; g < groups; g++, x += sizeof(GroupBlock)) {
         GroupOfTiles<format> group;
         read_group<format, shifted>(group, packed, tile_bytes, apart, apart_bytes, g);

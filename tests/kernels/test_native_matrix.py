@@ -3,6 +3,8 @@ bound for float ones, and the same bits however a product is cut up."""
 
 from __future__ import annotations
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
@@ -92,6 +94,33 @@ def test_quantised_products_have_the_twins_bits(name: str, recipe: str) -> None:
         twin = multiply(recipe, OF_FILE.get(name, name), weight, x)
         for isa in ISAS:
             np.testing.assert_array_equal(product(isa, name, rows, source, x, recipe), twin)
+
+
+@pytest.mark.parametrize("recipe", ["group", "shifted"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q8_0_APART"])
+def test_every_number_of_rows_and_a_single_group_have_the_twins_bits(name: str, recipe: str) -> None:
+    x, of_file = activations(150, 32), OF_FILE.get(name, name)
+    source = blocks(name, 33, 32)
+    twin = multiply(recipe, of_file, recipes.read_blocks(of_file, source, 33, 32), x)
+    for isa, count in itertools.product(ISAS, (8, 9, 10, 11, 13, 14, 15, 63, 66, 150)):
+        np.testing.assert_array_equal(product(isa, name, 33, source, x[:count], recipe), twin[:count])
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q4_K"])
+def test_pairs_of_codes_at_their_limits(name: str) -> None:
+    """Sums of a weight's code and an input's fill 8 bits: with weights of 0 and 15, inputs of -120 and 120."""
+    rows, cols = 32, 512
+    source, random = blocks(name, rows, cols, zeros=False), np.random.default_rng(5)
+    limits = source.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1])
+    codes_at = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}[name]
+    limits[:, codes_at:] = random.choice([0, 15, 240, 255], (len(limits), limits.shape[1] - codes_at))
+    x = np.float32(3) * random.choice(np.float32([-1, 1]), (64, cols))
+    x[0], x[1] = 3, -3
+    weight = recipes.read_blocks(name, source, rows, cols)
+    assert {0, 15} <= {*(weight.codes + recipes.OFFSETS.get(name, 0)).ravel()}
+    twin = multiply("group", name, weight, x)
+    for isa in ISAS:
+        np.testing.assert_array_equal(product(isa, name, rows, source, x), twin)
 
 
 @pytest.mark.parametrize("name", sorted({*FORMATS} - {*OF_FILE}))
