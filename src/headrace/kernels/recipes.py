@@ -199,7 +199,7 @@ def multiply_groups(weight: Blocks, x: np.ndarray, shifted: bool = False) -> np.
     codes, scales, offsets = quantise_groups(x, shifted)
     if weight.centred:
         assert weight.m is not None
-        centred = fused_multiply_add(np.float32(8), weight.d, weight.m)
+        centred = fused_multiply_add(np.full_like(weight.d, 8), weight.d, weight.m)
         weight = replace(weight, codes=weight.codes - 8, m=centred)
     per = GROUP // weight.group  # sums a group of 32 has: two with scales for 16 inputs
     x_parts = codes.reshape(len(x), -1, weight.group)
