@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies. Other systems have no such call."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when the one that started it dies, or now if that was process `parent` and it has
+    died before this call. Other systems have no such call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 COMPUTE_NICENESS = 5  # a third of a usual thread's weight, where there are fewer cores than threads that want one

