@@ -8,7 +8,7 @@ namespace {
 
 // Bytes of activations that run over a group of tiles before the next group: they should stay in the second-level cache.
 constexpr int64_t kRowBlockBytes = 544 << 10;
-constexpr int kMostRows = 512;  // of such a block: more rows share what unpacking weights costs
+constexpr int kMostRows = 512;  // of such a block: more rows share what reading weights costs
 constexpr int kLinearRows = 256, kGatedRows = 128;  // of such a block, before they are made even: at least
 constexpr int kTilesAThread = 16;  // of all such blocks together, if they can be cut so far
 // Rows and tiles whose results stay in a thread's own memory until the next op reads them.

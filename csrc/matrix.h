@@ -6,7 +6,7 @@
 // A tile is 16 outputs. Every y[row][n] is summed in one order, whatever the ranges, the number of rows and the thread:
 //
 //   Recipe::group  (all quantised weights) per group of 32 inputs. Activation: scale s = max|x| * (1 / 120f), kept in 2^-64..2^64;
-//                  codes = round-half-even(x * (1 / s)). For groups ascending:
+//                  codes = round-half-even(x * (1 / s)), from -120 to 120. For groups ascending:
 //                      acc = fma(m, s * sum of codes, acc)                  where the format has a minimum m
 //                      acc = fma(d * s, sum of (q - offset) * code, acc)
 //                  Q4_1 and Q4_K take 8 for their offset and fma(8, d, m) for m. Formats with 16-wide groups (Q2_K, Q3_K, Q6_K) do so for
@@ -15,7 +15,7 @@
 //                  a group has outliers, for a tenth more time. Before a group's other sums, acc = fma(W, o, acc), where W is the sum of
 //                  the group's weights: d * (sum of (q - offset)), or fma(d, that, 32 * m); with halves fma(d1, sum1, d0 * sum0), or
 //                  fma(d1, sum1, fma(d0, sum0, 16 * (m0 + m1))).
-//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| * (1 / 127f); codes as above. Weights: int8 too, the
+//   Recipe::row    (opt-in, all quantised weights) Activation: one scale a row, s = max|x| * (1 / 127f); codes as above, to 127. Weights: int8 too, the
 //                  file's values in steps of their row's D = max|w| / 126: with f = round(d * (256 / D)) and
 //                  a = round(m * (256 / D)) - offset * f, w8 = floor((q * f + a + 128) / 256). y = float(sum of w8 * code) * (D * s).
 //                  The same bits everywhere.
@@ -96,7 +96,7 @@ void unpack_row(const PackedMatrix& matrix, int64_t row, float* out);
 
 constexpr int group_code_limit = 120;  // of Recipe::group, Recipe::shifted: with a weight's code of 4 bits added, a code still fits 8 bits
 
-// 32 inputs of one row (Recipe::group, Recipe::shifted). Kernels read it as a stream.
+// 32 inputs of one row (Recipe::group, Recipe::shifted).
 struct GroupBlock {
     int8_t codes[32];
     float scale;         // s

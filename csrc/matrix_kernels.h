@@ -17,7 +17,9 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int direct_rows = 8;    // rows that a pass over packed weights serves
-constexpr int blocked_from = 9, small_blocked_from = 8, row_blocked_from = 12;  // rows that count as many: of codes of 4 bits, by Recipe::row
+constexpr int blocked_from = 9;   // rows that count as many
+constexpr int nibbles_blocked_from = 8;  // of codes of 4 bits
+constexpr int row_blocked_from = 12;  // by Recipe::row
 constexpr int block_rows = 64;    // rows whose sums stay in the L1 cache while the groups of two tiles go by
 constexpr int row_block_rows = 12;  // Recipe::row: rows x 2 tiles of sums in registers
 constexpr int float_rows = 6, float_tiles = 4;
@@ -32,7 +34,7 @@ constexpr int float_rows = 4, float_tiles = 1;
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
 constexpr int apart_ahead = 2048;   // the same of bits apart, beside which three times as many bytes are read
 constexpr int row_block_groups = 28;  // Recipe::row: groups unpacked at a time
-constexpr int partial_rows = 512;   // rows whose sums wait between blocks of inputs
+constexpr int partial_rows = 512;   // rows of a blocked product; Recipe::row: whose sums wait between blocks of inputs
 constexpr int float_partial_rows = 256;  // the same of float weights
 constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
 
@@ -362,14 +364,15 @@ bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const fl
 // ports to spare that multiplications have not. What is to be summed up, a (v - 8) + b (w - 8), is (a + W) (b + V) - V W - b (a + 128).
 // Four inputs a and four b, two quads, make a pair. With more pairs than these the additions would take longer. GroupBlock::winograd is the sum of
 // -b (a + 128) over the pairs and of -8 a over the quads that are in none.
-constexpr int winograd_pairs = 3;  // quads 0 and 1, 2 and 3, 4 and 5
+constexpr int winograd_pairs = 3;  // quads 0 and 1, 2 and 3, 4 and 5: store_and_sum() has them built in
+static_assert(group_code_limit + 8 == 128 && 2 * group_code_limit + 15 <= 255);
 
 // A group of two tiles. It stays in registers where everything that it goes through is inlined.
 template <Format format>
 struct GroupOfTiles {
     static constexpr int halves = layout_of(format).halves ? 2 : 1;
-    Codes w[8][2];  // quads; W and V of those in a pair
-    Ints start[2];  // - V W of all pairs
+    Codes w[8][2];           // quads; W and V of those in a pair
+    Ints minus_products[2];  // - V W of all pairs
     Floats d[halves][2], m[halves][2], whole[2];
 };
 
@@ -386,7 +389,7 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
         unpack_codes<format>(super + in_super * layout.group_bytes(), layout.apart_bits ? apart + t * apart_bytes + group * layout.apart_bytes() : nullptr, w);
         load_centred_scales<format>(super, in_super, d, m);
         if constexpr (shifted) to.whole[t] = weight_sum<format>(w, d, m);
-        if constexpr (layout.small()) {
+        if constexpr (layout.nibbles()) {
             Ints products = all_ints(0);
 #pragma GCC unroll 4
             for (int i = 0; i < 2 * winograd_pairs; i += 2) {
@@ -394,11 +397,14 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
                 products.v = _mm512_dpbusd_epi32(products.v, with_w, with_v);
                 w[i].v = with_w, w[i + 1].v = with_v;
             }
-            to.start[t] = all_ints(0) - products;
+            to.minus_products[t] = all_ints(0) - products;
         }
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) to.w[i][t] = w[i];
-        for (int h = 0; h <= layout.halves; h++) to.d[h][t] = d[h], to.m[h][t] = m[h];
+        for (int h = 0; h <= layout.halves; h++) {
+            to.d[h][t] = d[h];
+            if constexpr (layout.has_min()) to.m[h][t] = m[h];
+        }
     }
 }
 
@@ -408,6 +414,9 @@ inline __m512i broadcast(const void* p) {
     asm("vpbroadcastd %1, %0" : "=v"(all) : "m"(*static_cast<const int32_t*>(p)));
     return all;
 }
+
+// For results: a line that is not in the cache yet would hold up the writes after it.
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 // Adds a group to the sums of R rows from `row` on, which are 0 where it is the first. Those of the last go to `out`, others to `sums`.
 template <Format format, bool shifted, bool first, bool last, int R>
@@ -419,9 +428,9 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
     auto begin = [&](int half) __attribute__((always_inline)) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            if constexpr (layout.small()) {
+            if constexpr (layout.nibbles()) {
                 const __m512i of_row = broadcast(&block(r).winograd);
-                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_add_epi32(group.start[t].v, of_row);
+                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_add_epi32(group.minus_products[t].v, of_row);
             } else {
                 sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
             }
@@ -464,7 +473,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
         }
     };
     begin(0);
-    if constexpr (layout.small()) {
+    if constexpr (layout.nibbles()) {
         static_assert(winograd_pairs == 3);
         add_quad(6), add_pair(0), add_quad(7), add_pair(2), add_pair(4);
     } else {
@@ -487,25 +496,27 @@ inline __attribute__((always_inline)) void ask_for(const uint8_t* tile, const ui
     for (int i = 0; i < layout.apart_bytes(); i += 64) prefetch_once(apart + group * layout.apart_bytes() + i);
 }
 
-// Two tiles and up to `block_rows` rows; `after`: the tiles that are read next, taken to be as long.
+// Two tiles and up to `block_rows` rows; `after`: the tiles that are read next, taken to be as long, or the same again.
 template <Format format, bool shifted>
 __attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
-    constexpr int at_once = shifted || layout_of(format).has_min() ? 3 : 4;  // rows: their integer sums and the group fit in the registers
+    constexpr Layout layout = layout_of(format);
+    constexpr int at_once = shifted || layout.has_min() ? 3 : 4;  // rows: their integer sums and the group fit in the registers
     const PackedMatrix& w = *p.weight;
-    const int64_t groups = w.cols / 32, stride = p.x->row_bytes, lead = std::min(groups, 2 + 256 / std::max<int64_t>(rows, 24));
+    const int64_t groups = w.cols / 32, stride = p.x->row_bytes, ahead = std::max<int64_t>(layout.groups > 2 ? layout.groups + 1 : 0, 2 + 256 / std::max<int64_t>(rows, 24));
+    const int64_t lead = std::min(groups, ahead);  // a superblock's scales lie at its end
     const int64_t tile_bytes = int64_t(w.tile_bytes), apart_bytes = int64_t(w.apart_bytes);
     const uint8_t *const packed = w.data + tile * tile_bytes, *const apart = w.apart + tile * apart_bytes;
     const Output out[2] = {Output(p, row0, tile), Output(p, row0, tile + 1)};
     alignas(64) float sums[block_rows * 2 * 16];
-    if (groups == 1) std::memset(sums, 0, size_t(rows) * 2 * 64);
+    if (groups == 1) std::memset(sums, 0, size_t(rows) * 2 * 64);  // the first and the last at once
     const uint8_t* x = p.x->row(row0);
-    int64_t asked = 0;  // rows whose results' lines were asked for: all are written with the last group, and each write would wait
+    int64_t asked = 0;  // rows whose results' lines were asked for: all are written with the last group
     for (int64_t g = 0; g < groups; g++, x += sizeof(GroupBlock)) {
         GroupOfTiles<format> group;
         read_group<format, shifted>(group, packed, tile_bytes, apart, apart_bytes, g);
         const int64_t soon = g + lead < groups ? g + lead : g + lead - groups;
         const uint8_t* const soon_packed = g + lead < groups ? packed : after;
-        const uint8_t* const soon_apart = g + lead < groups ? apart : apart + 2 * apart_bytes;
+        const uint8_t* const soon_apart = g + lead < groups || after == packed ? apart : apart + 2 * apart_bytes;
         for (int t = 0; t < 2; t++) ask_for<format>(soon_packed + t * tile_bytes, soon_apart + t * apart_bytes, soon);
         if (g + 1 < groups)
             for (; asked * groups < rows * (g + 1); asked++)
@@ -711,7 +722,7 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
                         : recipe == Recipe::shifted ? multiply_direct<format, true>
                                                     : multiply_direct<format, false>;
 #if defined(__AVX512VNNI__)
-    if (row1 - row0 >= (recipe == Recipe::row ? row_blocked_from : layout_of(format).small() ? small_blocked_from : blocked_from)) {
+    if (row1 - row0 >= (recipe == Recipe::row ? row_blocked_from : layout_of(format).nibbles() ? nibbles_blocked_from : blocked_from)) {
         const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
                              : recipe == Recipe::shifted ? multiply_blocked<format, true>
                                                          : multiply_blocked<format, false>;

@@ -29,8 +29,8 @@ struct Layout {
     bool table = false;          // codes index IQ4_NL's values
 
     constexpr bool has_min() const { return scales == Scales::dm || scales == Scales::k_min || scales == Scales::k_nibbles; }
-    constexpr bool small() const { return low_bits == 4 && high_bits == 0 && !table; }  // codes of 0 to 15
-    constexpr bool centred() const { return small() && has_min(); }  // d * q + m is multiplied as d * (q - 8) + (m + 8 * d)
+    constexpr bool nibbles() const { return low_bits == 4 && high_bits == 0 && !table; }  // codes of 0 to 15
+    constexpr bool centred() const { return nibbles() && has_min(); }  // d * q + m is multiplied as d * (q - 8) + (m + 8 * d)
     constexpr int tile_head_bytes() const { return apart_bits ? 128 : 64; }  // of the quantised formats
     constexpr int group_bytes() const { return 64 * (low_bits + high_bits - apart_bits); }
     constexpr int apart_bytes() const { return 64 * apart_bits; }  // of a group

@@ -84,7 +84,6 @@ struct BF16Dot {
 inline void store(BFloat* p, Floats a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 inline void prefetch_once(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_NTA); }
-inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 #elif defined(__AVX2__)
 

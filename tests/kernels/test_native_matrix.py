@@ -97,12 +97,13 @@ def test_quantised_products_have_the_twins_bits(name: str, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["group", "shifted"])
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q8_0_APART"])
-def test_every_number_of_rows_and_a_single_group_have_the_twins_bits(name: str, recipe: str) -> None:
-    x, of_file = activations(150, 32), OF_FILE.get(name, name)
-    source = blocks(name, 33, 32)
-    twin = multiply(recipe, of_file, recipes.read_blocks(of_file, source, 33, 32), x)
-    for isa, count in itertools.product(ISAS, (8, 9, 10, 11, 13, 14, 15, 63, 66, 150)):
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q8_0_APART", "Q2_K", "Q4_K", "Q6_K"])
+def test_all_remainders_of_rows_and_a_single_block_have_the_twins_bits(name: str, recipe: str) -> None:
+    cols = 256 if name.endswith("_K") else 32
+    x, of_file = activations(150, cols), OF_FILE.get(name, name)
+    source = blocks(name, 33, cols)
+    twin = multiply(recipe, of_file, recipes.read_blocks(of_file, source, 33, cols), x)
+    for isa, count in itertools.product(ISAS, (*range(8, 17), 63, 64, 65, 66, 150)):
         np.testing.assert_array_equal(product(isa, name, 33, source, x[:count], recipe), twin[:count])
 
 
