@@ -222,14 +222,15 @@ class Terminal:
         return shown + text
 
     def interrupt(self) -> None:
-        """Ctrl-C at the prompt until there is a new one: readline misses a signal that comes as it begins to wait."""
+        """Ctrl-C at the prompt until there is a new one: readline misses a signal that comes as it begins to wait, and
+        may hold it until a key is pressed (Ctrl-U, which leaves no text)."""
         for _ in range(30):
             self.type("\x03")
             try:
                 self.wait_for(">>> ", 2)
                 return
             except AssertionError:
-                pass
+                self.type("\x15")
         raise AssertionError("Ctrl-C thirty times, and no new prompt")
 
     def end(self) -> int:
