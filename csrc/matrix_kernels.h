@@ -34,7 +34,7 @@ constexpr int float_rows = 4, float_tiles = 1;
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
 constexpr int apart_ahead = 2048;   // the same of bits apart, beside which three times as many bytes are read
 constexpr int row_block_groups = 28;  // Recipe::row: groups unpacked at a time
-constexpr int partial_rows = 512;   // rows of a blocked product; Recipe::row: whose sums wait between blocks of inputs
+constexpr int partial_rows = 512;   // Recipe::row: rows whose sums wait between blocks of inputs
 constexpr int float_partial_rows = 256;  // the same of float weights
 constexpr int float_block = 1024;   // inputs of float weights, for which the rows run while these stay in the L2 cache
 
@@ -370,10 +370,9 @@ static_assert(group_code_limit + 8 == 128 && 2 * group_code_limit + 15 <= 255);
 // A group of two tiles. It stays in registers where everything that it goes through is inlined.
 template <Format format>
 struct GroupOfTiles {
-    static constexpr int halves = layout_of(format).halves ? 2 : 1;
-    Codes w[8][2];           // quads; W and V of those in a pair
+    Codes w[2][8];           // quads; W and V of those in a pair
     Ints minus_products[2];  // - V W of all pairs
-    Floats d[halves][2], m[halves][2], whole[2];
+    Floats d[2][2], m[2][2], whole[2];
 };
 
 template <Format format, bool shifted>
@@ -384,11 +383,10 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
 #pragma GCC unroll 2
     for (int t = 0; t < 2; t++) {
         const uint8_t* super = super_at<format>(tile + t * tile_bytes, group);
-        Codes w[8];
-        Floats d[2], m[2];
-        unpack_codes<format>(super + in_super * layout.group_bytes(), layout.apart_bits ? apart + t * apart_bytes + group * layout.apart_bytes() : nullptr, w);
-        load_centred_scales<format>(super, in_super, d, m);
-        if constexpr (shifted) to.whole[t] = weight_sum<format>(w, d, m);
+        Codes(&w)[8] = to.w[t];
+        unpack_codes<format>(super + in_super * layout.group_bytes(), apart + t * apart_bytes + group * layout.apart_bytes(), w);
+        load_centred_scales<format>(super, in_super, to.d[t], to.m[t]);
+        if constexpr (shifted) to.whole[t] = weight_sum<format>(w, to.d[t], to.m[t]);
         if constexpr (layout.nibbles()) {
             Ints products = all_ints(0);
 #pragma GCC unroll 4
@@ -398,12 +396,6 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
                 w[i].v = with_w, w[i + 1].v = with_v;
             }
             to.minus_products[t] = all_ints(0) - products;
-        }
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) to.w[i][t] = w[i];
-        for (int h = 0; h <= layout.halves; h++) {
-            to.d[h][t] = d[h];
-            if constexpr (layout.has_min()) to.m[h][t] = m[h];
         }
     }
 }
@@ -440,7 +432,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const __m512i a = broadcast(block(r).codes + 4 * i);
-            for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, group.w[i][t].v, a);
+            for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, group.w[t][i].v, a);
         }
     };
     auto add_pair = [&](int i) __attribute__((always_inline)) {
@@ -448,7 +440,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
         for (int r = 0; r < R; r++) {
             const __m512i a = broadcast(block(r).codes + 4 * i), b = broadcast(block(r).codes + 4 * i + 4);
             for (int t = 0; t < 2; t++)
-                sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, _mm512_add_epi8(a, group.w[i][t].v), _mm512_add_epi8(b, group.w[i + 1][t].v));
+                sum[r][t].v = _mm512_dpbusd_epi32(sum[r][t].v, _mm512_add_epi8(a, group.w[t][i].v), _mm512_add_epi8(b, group.w[t][i + 1].v));
         }
     };
     auto finish = [&](int half) __attribute__((always_inline)) {
@@ -459,14 +451,11 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
             for (int t = 0; t < 2; t++) {
                 float* const at = sums + (r * 2 + t) * 16;
                 Floats acc = first && half == 0 ? zero() : load(at);
-                if constexpr (shifted)
-                    if (half == 0) acc = fused(group.whole[t], all(block(r).offset), acc);
-                if constexpr (layout.has_min() && layout.halves) {
-                    if (half == 0) acc = fused(group.m[1][t], all(high_sum(block(r))), fused(group.m[0][t], all(low_sum(block(r))), acc));
-                } else if constexpr (layout.has_min()) {
-                    acc = fused(group.m[0][t], all(block(r).sum), acc);
+                if (half == 0) {
+                    if constexpr (shifted) acc = fused(group.whole[t], all(block(r).offset), acc);
+                    acc = add_minima<format>(acc, group.m[t], block(r));
                 }
-                acc = fused(group.d[half][t] * scale, to_floats(sum[r][t]), acc);
+                acc = fused(group.d[t][half] * scale, to_floats(sum[r][t]), acc);
                 if (last && half == layout.halves) out[t].put(row + r, acc);
                 else store(at, acc);
             }
@@ -498,12 +487,13 @@ inline __attribute__((always_inline)) void ask_for(const uint8_t* tile, const ui
 
 // Two tiles and up to `block_rows` rows; `after`: the tiles that are read next, taken to be as long, or the same again.
 template <Format format, bool shifted>
-__attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, int64_t rows, int64_t tile, const uint8_t* after) {
+__attribute__((noinline)) void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
     constexpr Layout layout = layout_of(format);
     constexpr int at_once = shifted || layout.has_min() ? 3 : 4;  // rows: their integer sums and the group fit in the registers
     const PackedMatrix& w = *p.weight;
-    const int64_t groups = w.cols / 32, stride = p.x->row_bytes, ahead = std::max<int64_t>(layout.groups > 2 ? layout.groups + 1 : 0, 2 + 256 / std::max<int64_t>(rows, 24));
-    const int64_t lead = std::min(groups, ahead);  // a superblock's scales lie at its end
+    const int64_t groups = w.cols / 32, rows = row1 - row0, stride = p.x->row_bytes;
+    const int64_t whole_super = layout.groups > 2 ? layout.groups + 1 : 0;  // its scales lie at its end
+    const int64_t lead = std::min(groups, std::max(whole_super, 2 + 256 / std::max<int64_t>(rows, 24)));  // groups that weights are asked for ahead
     const int64_t tile_bytes = int64_t(w.tile_bytes), apart_bytes = int64_t(w.apart_bytes);
     const uint8_t *const packed = w.data + tile * tile_bytes, *const apart = w.apart + tile * apart_bytes;
     const Output out[2] = {Output(p, row0, tile), Output(p, row0, tile + 1)};
@@ -534,15 +524,6 @@ __attribute__((noinline)) void multiply_block(const Product& p, int64_t row0, in
         else if (g == 0) add_to_all.template operator()<true, false>();
         else add_to_all.template operator()<false, false>();
     }
-}
-
-// Two tiles.
-template <Format format, bool shifted>
-void multiply_blocked(const Product& p, int64_t row0, int64_t row1, int64_t tile, const uint8_t* after) {
-    even_pieces(row1 - row0, block_rows, [&](int64_t first, int64_t count) {
-        const uint8_t* const next = row0 + first + count < row1 ? p.weight->data + size_t(tile) * p.weight->tile_bytes : after;
-        multiply_block<format, shifted>(p, row0 + first, count, tile, next);
-    });
 }
 
 #endif
@@ -726,12 +707,13 @@ void multiply_quantised(const Product& p, int64_t row0, int64_t row1, int64_t ti
         const auto blocked = recipe == Recipe::row       ? multiply_blocked_by_row<format>
                              : recipe == Recipe::shifted ? multiply_blocked<format, true>
                                                          : multiply_blocked<format, false>;
-        even_pieces(row1 - row0, partial_rows, [&](int64_t first, int64_t count) {
-            const int64_t from = row0 + first, to = from + count;
-            int64_t tile = tile0;
-            for (; tile + 2 <= tile1; tile += 2) blocked(p, from, to, tile, tile_after(p, tile + 1, tile1));
-            direct(p, from, to, tile, tile1);
-        });
+        int64_t tile = tile0;
+        for (; tile + 2 <= tile1; tile += 2)
+            even_pieces(row1 - row0, recipe == Recipe::row ? partial_rows : block_rows, [&](int64_t first, int64_t count) {
+                const int64_t from = row0 + first, to = from + count;
+                blocked(p, from, to, tile, to < row1 ? p.weight->data + size_t(tile) * p.weight->tile_bytes : tile_after(p, tile + 1, tile1));
+            });
+        direct(p, row0, row1, tile, tile1);
         return;
     }
 #endif
