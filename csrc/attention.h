@@ -50,11 +50,16 @@ struct AttentionCall {
 struct Ahead {
     const int32_t* pages;
     int kv_head, first, past;  // positions
+    bool own;                  // nobody has asked for what this unit reads
 };
 
-inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t slot, int kv_head) {
-    const int64_t page = slot / layout.page_size, offset = slot % layout.page_size;
+// The tile of the tokens from `offset` on in a page.
+inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t page, int offset, int kv_head) {
     return cache + size_t(page) * layout.page_stride + size_t(kv_head) * layout.head_bytes + size_t(offset / kTile) * layout.tile_bytes;
+}
+
+inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t slot, int kv_head) {
+    return kv_tile(layout, cache, slot / layout.page_size, int(slot % layout.page_size), kv_head);
 }
 
 // Floats of the running or partial result of `queries` query vectors: m, l, o [dim] of each.

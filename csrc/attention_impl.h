@@ -7,6 +7,8 @@
 #include "simd.h"
 
 #define HEADRACE_UNROLL _Pragma("GCC unroll 8")
+// A function of its own, so that what it works on and nothing else takes the registers.
+#define HEADRACE_APART __attribute__((noinline))
 
 namespace headrace::HEADRACE_ISA {
 namespace {
@@ -18,6 +20,7 @@ constexpr int kTileQueries = 6, kTileVectors = 4, kByteQueries = 3;
 #else
 constexpr int kTileQueries = 3, kTileVectors = 2, kByteQueries = 1;
 #endif
+constexpr int kPassQueries = 3;  // whose scores a pass goes through at once
 constexpr int kTiles = kSplit / kTile;
 constexpr int kScoreStride = kSplit + kTile * kTileVectors;  // a register tile may run over the end
 
@@ -73,6 +76,8 @@ struct Scratch {
 
 // ---- storing
 
+constexpr float kLeastScale = 0x1p-100f;  // its inverse is a float; what is smaller becomes 0
+
 inline int lanes_left(int dim, int d) { return dim - d < kLanes ? dim - d : kLanes; }
 
 inline void to_elements(const float* x, int dim, float* out, float*, int) { std::memcpy(out, x, size_t(dim) * 4); }
@@ -86,9 +91,9 @@ inline void to_elements(const float* x, int dim, uint8_t* out, float* scale, int
     Floats size = zero();
     for (int d = 0; d < dim; d += kLanes) size = max(size, absolute(load_first(x + d, lanes_left(dim, d))));
     *scale = greatest(size) / 127.0f;
-    const Floats divisor = all(*scale > 0 ? *scale : 1.0f);
+    const Floats inverse = all(1.0f / std::max(*scale, kLeastScale));
     for (int d = 0; d < dim; d += kLanes) {
-        const Floats codes = max(nearest(load_first(x + d, lanes_left(dim, d)) / divisor), all(-127.0f));  // a NaN becomes -127
+        const Floats codes = max(nearest(load_first(x + d, lanes_left(dim, d)) * inverse), all(-127.0f));  // a NaN becomes -127
         store_bytes(out + d, to_ints(codes + all(float(offset))));
     }
 }
@@ -123,11 +128,11 @@ inline void to_bytes(const float* q, int dim, uint32_t* words, ByteQuery& query)
     Floats size = zero();
     for (int d = 0; d < dim; d += kLanes) size = max(size, absolute(load(q + d)));
     query.scale = greatest(size) / steps;
-    const Floats divisor = all(query.scale > 0 ? query.scale : 1.0f);
+    const Floats inverse = all(1.0f / std::max(query.scale, kLeastScale));
     uint8_t *high = (uint8_t*)words, *low = high + dim;
     Floats total = zero();  // of whole numbers below 2^24
     for (int d = 0; d < dim; d += kLanes) {
-        const Floats code = max(nearest(load(q + d) / divisor), all(-steps)), upper = nearest(code * all(1.0f / 128));
+        const Floats code = max(nearest(load(q + d) * inverse), all(-steps)), upper = nearest(code * all(1.0f / 128));
         store_bytes(high + d, to_ints(upper));
         store_bytes(low + d, to_ints(code - upper * all(128.0f)));
         total = total + code;
@@ -162,40 +167,47 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 class Fetcher {
   public:
     // `calls`: how often some() will be called, about.
-    Fetcher(const AttentionCall& call, const Ahead& ahead, size_t calls) : call_(call), ahead_(ahead), position_((ahead.past - 1) / kTile * kTile) {
-        if (ahead.past == ahead.first) position_ = -1;
-        const size_t lines = size_t(ahead.past - ahead.first + kTile - 1) / kTile * call.layout->tile_bytes / 64;
+    Fetcher(const AttentionCall& call, const Ahead& ahead, size_t calls) : call_(call), ahead_(ahead) {
+        if (ahead.past == ahead.first) return;
+        tiles_ = (ahead.past - 1) / kTile - ahead.first / kTile + 1;
+        page_ = (ahead.past - 1) / call.layout->page_size, offset_ = (ahead.past - 1) % call.layout->page_size / kTile * kTile;
+        const size_t lines = size_t(tiles_) * call.layout->tile_bytes / 64;
         bytes_ = std::min<size_t>(kMostLines, (lines + calls - 1) / calls) * 64;
+        find_tile();
     }
 
     void some() {
-        if (position_ < 0) return;
-        const KvLayout& layout = *call_.layout;
-        if (at_ == 0) {
-            const int page = position_ / layout.page_size;
-            tile_ = kv_tile(layout, call_.cache, int64_t(ahead_.pages[page]) * layout.page_size + position_ % layout.page_size, ahead_.kv_head);
-        }
-        const size_t past = at_ + bytes_ < layout.tile_bytes ? at_ + bytes_ : layout.tile_bytes;
-        for (; at_ < past; at_ += 64) prefetch(tile_ + at_);
-        if (past < layout.tile_bytes) return;
-        at_ = 0;
-        position_ = position_ > ahead_.first ? position_ - kTile : -1;
+        const uint8_t* const past = std::min(at_ + bytes_, past_);
+        for (; at_ < past; at_ += 64) prefetch(at_);
+        if (at_ == past_ && bytes_ > 0) next_tile();
     }
 
   private:
     static constexpr size_t kMostLines = 5;  // a call
 
+    void find_tile() {
+        at_ = kv_tile(*call_.layout, call_.cache, ahead_.pages[page_], offset_, ahead_.kv_head);
+        past_ = at_ + call_.layout->tile_bytes;
+    }
+
+    HEADRACE_APART void next_tile() {
+        if (--tiles_ == 0) {
+            at_ = past_ = nullptr, bytes_ = 0;
+            return;
+        }
+        if (offset_ == 0) --page_, offset_ = call_.layout->page_size;
+        offset_ -= kTile;
+        find_tile();
+    }
+
     const AttentionCall& call_;
     const Ahead& ahead_;
-    int position_;
-    size_t bytes_, at_ = 0;
-    const uint8_t* tile_ = nullptr;
+    int tiles_, page_, offset_;                      // left; where this one is
+    const uint8_t *at_ = nullptr, *past_ = nullptr;  // of it
+    size_t bytes_ = 0;                               // a call; 0: all is asked for
 };
 
 // ---- products
-
-// A function of its own, so that its sums and nothing else take the registers.
-#define HEADRACE_APART __attribute__((noinline))
 
 // scores[query][16 v + lane] = sum over d of q . key, for NV tiles of keys.
 template <class Dot, int NQ, int NV>
@@ -320,10 +332,10 @@ template <class S>
 inline void find_tiles(const AttentionCall& call, int kv_head, int start, int first, int past, const Scratch& scratch, Tiles& tiles) {
     const KvLayout& layout = *call.layout;
     const int elements = layout.dim * kTile, words = elements / S::kWord;
-    for (int t = first; t < past; ++t) {
-        const int position = start + t * kTile, page = position / layout.page_size;
-        const int64_t slot = int64_t(call.pages[page]) * layout.page_size + (position - page * layout.page_size);
-        const uint8_t* tile = kv_tile(layout, call.cache, slot, kv_head);
+    int page = (start + first * kTile) / layout.page_size, offset = (start + first * kTile) % layout.page_size;
+    for (int t = first; t < past; ++t, offset += kTile) {
+        if (offset == layout.page_size) ++page, offset = 0;
+        const uint8_t* tile = kv_tile(layout, call.cache, call.pages[page], offset, kv_head);
         tiles.scales[t] = (const float*)(tile + 2 * layout.plane_bytes);
         if constexpr (S::kExpanded) {
             using Element = typename S::Element;
@@ -345,88 +357,90 @@ struct Seen {
 
 constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The tiles' lanes that a query sees: [first, past) of tile t.
-inline Seen lanes(Seen seen, int t) {
-    const int first = seen.first - t * kTile, past = seen.past - t * kTile;
-    return {first < 0 ? 0 : first > kTile ? kTile : first, past < 0 ? 0 : past > kTile ? kTile : past};
+// Calls f(tile, whole) for tiles first..past-1; `whole`, which the compiler knows: all N queries see all of its keys.
+template <int N, class F>
+inline void each_tile(const Seen* seen, int first, int past, F f) {
+    int from = first, to = past;
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) from = std::max(from, (seen[i].first + kTile - 1) / kTile), to = std::min(to, seen[i].past / kTile);
+    int t = first;
+    for (; t < past && t < from; ++t) f(t, std::false_type());
+    for (; t < to; ++t) f(t, std::true_type());
+    for (; t < past; ++t) f(t, std::false_type());
 }
 
-inline Floats keep(Floats x, Seen seen, Floats other) { return seen.first == 0 && seen.past == kTile ? x : keep(x, seen.first, seen.past, other); }
-
-// Calls f(tile, its lanes that the query sees) for every tile of which it sees some.
-template <class F>
-inline void each_seen(Seen seen, F f) {
-    int t = seen.first / kTile;
-    const int whole = seen.past / kTile, past = (seen.past + kTile - 1) / kTile;
-    if (t < past && seen.first % kTile != 0) f(t, lanes(seen, t)), ++t;
-    for (; t < whole; ++t) f(t, Seen{0, kTile});
-    if (t < past) f(t, lanes(seen, t));
+// x in the lanes of tile t that the query sees, `other` in the rest.
+inline Floats keep(Floats x, Seen seen, int t, Floats other) {
+    return keep(x, std::clamp(seen.first - t * kTile, 0, kTile), std::clamp(seen.past - t * kTile, 0, kTile), other);
 }
 
-// Calls f(tile) for the others of first..past-1.
-template <class F>
-inline void each_unseen(Seen seen, int first, int past, F f) {
-    for (int t = first; t < std::min(past, seen.first / kTile); ++t) f(t);
-    for (int t = std::max(first, (seen.past + kTile - 1) / kTile); t < past; ++t) f(t);
-}
-
-// Finishes the scores of one query in the tiles that it sees, in place: arguments of 2^x, -inf where it does not look. Gives the greatest.
-// `distance`: from the query to the block's start.
-template <class S>
-inline float finish_scores(const AttentionCall& call, float* row, Seen seen, float slope, int distance, const Tiles& tiles,
-                           Fetcher& fetcher) {
+// The scores of N queries in tiles first..past-1, [N][kScoreStride], become in place arguments of 2^x, -inf where a query does not look; m: the
+// greatest of each. `distances`: from each query to the block's start.
+template <class S, int N>
+inline void finish_scores(const AttentionCall& call, float* scores, const Seen* seen, const int* distances, const float* slopes, int first, int past,
+                          const Tiles& tiles, float* m, Fetcher& fetcher) {
     const Floats none = all(-INFINITY);
-    Floats best = none;
-    each_seen(seen, [&](int t, Seen lanes) {
+    const bool capped = call.softcap > 0;
+    Floats best[N];
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) best[i] = none;
+    each_tile<N>(seen, first, past, [&](int t, auto whole) {
         fetcher.some();
-        Floats s = load(row + t * kTile);
-        if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
-        if (call.softcap > 0) {  // tanh(x) = 1 - 2 / (1 + e^2x)
-            const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
-            s = tanh * all(call.softcap * kLog2E);
-        }
-        if (slope != 0) s = fma(all(slope * kLog2E), load(kLaneNumbers) + all(float(distance + t * kTile)), s);
-        s = keep(s, lanes, none);
-        store(row + t * kTile, s);
-        best = max(best, s);
-    });
-    return greatest(best);
-}
-
-// Finished scores of one query become weights p, in place; gives their sum. As bytes they take their values' scales too, and `most` becomes
-// the greatest; as others they become 0 where it does not look.
-template <class S>
-inline float weigh(float* row, Seen seen, float m, int first_tile, int past_tile, const Tiles& tiles, float* most, Fetcher& fetcher) {
-    const Floats top = all(m);
-    Floats total = zero(), greatest_weight = zero();
-    each_seen(seen, [&](int t, Seen lanes) {
-        fetcher.some();
-        const Floats p = exp2(load(row + t * kTile) - top);
-        total = total + p;
-        if constexpr (S::kBytes) {
-            const Floats weight = keep(p * load(tiles.scales[t] + kTile), lanes, zero());  // the scale of what is not there may be a NaN
-            store(row + t * kTile, weight);
-            greatest_weight = max(greatest_weight, weight);
-        } else {
-            store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
+        HEADRACE_UNROLL for (int i = 0; i < N; ++i) {
+            float* const at = scores + i * kScoreStride + t * kTile;
+            Floats s = load(at);
+            if constexpr (S::kBytes) s = s * load(tiles.scales[t]);
+            if (capped) {  // tanh(x) = 1 - 2 / (1 + e^2x)
+                const Floats tanh = all(1.0f) - all(2.0f) / (all(1.0f) + exp2(min(all(64.0f), s)));
+                s = tanh * all(call.softcap * kLog2E);
+            }
+            if (slopes) s = fma(all(slopes[i] * kLog2E), load(kLaneNumbers) + all(float(distances[i] + t * kTile)), s);
+            if constexpr (!whole) s = keep(s, seen[i], t, none);
+            store(at, s);
+            best[i] = max(best[i], s);
         }
     });
-    if constexpr (S::kBytes) *most = greatest(greatest_weight);
-    else each_unseen(seen, first_tile, past_tile, [&](int t) { store_as((uint32_t*)row, t * kTile, zero(), typename S::Dot()); });
-    return sum(total);
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) m[i] = greatest(best[i]);
 }
 
-// Weights of one query as 16-bit fractions of the greatest one, `most`, high bytes first; returns that one's step.
-inline float fractions(const float* row, Seen seen, float most, int first_tile, int past_tile, uint8_t* bytes, Fetcher& fetcher) {
+// Finished scores become weights p in place, 0 where a query does not look; l: the sum of each. As bytes they take their values' scales too, and
+// `most` becomes the greatest of each.
+template <class S, int N>
+inline void weigh(float* scores, const Seen* seen, const float* m, int first, int past, const Tiles& tiles, float* l, float* most, Fetcher& fetcher) {
+    Floats top[N], total[N], greatest_weight[N];
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) top[i] = all(m[i] > -INFINITY ? m[i] : 0.0f), total[i] = greatest_weight[i] = zero();
+    each_tile<N>(seen, first, past, [&](int t, auto whole) {
+        fetcher.some();
+        HEADRACE_UNROLL for (int i = 0; i < N; ++i) {
+            float* const row = scores + i * kScoreStride;
+            const Floats p = exp2(load(row + t * kTile) - top[i]);
+            total[i] = total[i] + p;
+            if constexpr (S::kBytes) {
+                Floats weight = p * load(tiles.scales[t] + kTile);
+                if constexpr (!whole) weight = keep(weight, seen[i], t, zero());  // the scale of what is not there may be a NaN
+                store(row + t * kTile, weight);
+                greatest_weight[i] = max(greatest_weight[i], weight);
+            } else {
+                store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
+            }
+        }
+    });
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) l[i] = sum(total[i]);
+    if constexpr (S::kBytes)
+        HEADRACE_UNROLL for (int i = 0; i < N; ++i) most[i] = greatest(greatest_weight[i]);
+}
+
+// Weights as 16-bit fractions of the greatest one of each query, `most`, which becomes its step: [N][high, low][kSplit] bytes.
+template <int N>
+inline void fractions(const float* scores, int first, int past, float* most, uint8_t* bytes, Fetcher& fetcher) {
     constexpr float steps = 65535;
-    const Floats factor = all(most > 0 ? steps / most : 0.0f);
-    auto put = [&](int t, Floats fraction) { store_bytes(bytes + kSplit + t * kTile, bytes + t * kTile, to_ints(fraction)); };
-    each_seen(seen, [&](int t, Seen) {
+    Floats factor[N];
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) factor[i] = all(most[i] > 0 ? steps / most[i] : 0.0f), most[i] = most[i] / steps;
+    for (int t = first; t < past; ++t) {
         fetcher.some();
-        put(t, min(load(row + t * kTile) * factor, all(steps)));
-    });
-    each_unseen(seen, first_tile, past_tile, [&](int t) { put(t, zero()); });
-    return most / steps;
+        HEADRACE_UNROLL for (int i = 0; i < N; ++i) {
+            uint8_t* const high = bytes + i * 2 * kSplit + t * kTile;
+            store_bytes(high + kSplit, high, to_ints(min(load(scores + i * kScoreStride + t * kTile) * factor[i], all(steps))));
+        }
+    }
 }
 
 template <class S>
@@ -436,8 +450,9 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     const KvLayout& layout = *call.layout;
     const int dim = layout.dim, start = block * kSplit;
     Seen seen[kQueries];
-    int low = kSplit, high = 0;
+    int distances[kQueries], low = kSplit, high = 0;
     for (int i = 0; i < count; ++i) {
+        distances[i] = start - positions[i];
         const int past = positions[i] + 1 - start, first = call.window > 0 ? past - call.window : 0;
         seen[i] = {first < 0 ? 0 : first, past > kSplit ? kSplit : past};
         if (seen[i].past <= seen[i].first) {
@@ -458,12 +473,13 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
 
     // Calls for a tile of keys: its words and as many of values, kTileVectors at once, for each register tile of queries; then the passes over scores.
-    const int register_tiles = (count + S::kTile - 1) / S::kTile, passes = S::kBytes ? 3 : 2;
-    const int calls_a_tile = register_tiles * 2 * dim / (W * kTileVectors) + count * passes;
+    const int register_tiles = (count + S::kTile - 1) / S::kTile, passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
+    const int calls_a_tile = register_tiles * 2 * dim / (W * kTileVectors) + passes;
     Fetcher fetcher(call, ahead, size_t(past - first) * size_t(calls_a_tile));
     // Few queries make little of what they read: memory should be busy all the time.
+    const bool ask = ahead.own && !S::kExpanded && count <= S::kTile;
     auto fetch = [&](const uint32_t* const* of, int t) {
-        if (S::kExpanded || count > S::kTile || t >= past) return;
+        if (!ask || t >= past) return;
         for (size_t byte = 0; byte < layout.plane_bytes; byte += 64) prefetch((const uint8_t*)of[t] + byte);
     };
     for (int t = first; t < past && t < first + kTileVectors; ++t) fetch(tiles.keys, t);
@@ -489,14 +505,13 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
         t += vectors;
     }
 
-    // Pass by pass over all queries: one's last sum is then added up while the next one's are computed.
+    // Pass by pass over all queries: the last sums of some are then added up while the next ones' are computed.
     float factors[kQueries];
-    auto row = [&](int i) { return scratch.scores + i * kScoreStride; };
-    for (int i = 0; i < count; ++i)
-        m[i] = finish_scores<S>(call, row(i), seen[i], call.slopes ? call.slopes[i] : 0.0f, start - positions[i], tiles, fetcher);
-    for (int i = 0; i < count; ++i) l[i] = weigh<S>(row(i), seen[i], m[i], first, past, tiles, factors + i, fetcher);
+    auto pass = [&](auto f) { query_tiles<kPassQueries>(count, [&](int i, auto n) { f(i, scratch.scores + i * kScoreStride, n); }); };
+    pass([&](int i, float* scores, auto n) { finish_scores<S, n>(call, scores, seen + i, distances + i, call.slopes ? call.slopes + i : nullptr, first, past, tiles, m + i, fetcher); });
+    pass([&](int i, float* scores, auto n) { weigh<S, n>(scores, seen + i, m + i, first, past, tiles, l + i, factors + i, fetcher); });
     if constexpr (S::kBytes)
-        for (int i = 0; i < count; ++i) factors[i] = fractions(row(i), seen[i], factors[i], first, past, scratch.bytes + i * 2 * kSplit, fetcher);
+        pass([&](int i, float* scores, auto n) { fractions<n>(scores, first, past, factors + i, scratch.bytes + i * 2 * kSplit, fetcher); });
 
     const int tokens = high - first * kTile;
     int column = 0;
@@ -544,9 +559,9 @@ void merge(float* state, const float* part, int count, int dim, bool first) {
 
 void finish(const float* state, int count, int dim, int head_dim, float* const* out) {
     for (int i = 0; i < count; ++i) {
-        const Floats l = all(state[count + i]);
+        const Floats inverse = all(1.0f / state[count + i]);
         const float* o = state + 2 * count + size_t(i) * dim;
-        for (int d = 0; d < head_dim; d += kLanes) store_first(out[i] + d, load(o + d) / l, lanes_left(head_dim, d));
+        for (int d = 0; d < head_dim; d += kLanes) store_first(out[i] + d, load(o + d) * inverse, lanes_left(head_dim, d));
     }
 }
 
