@@ -166,20 +166,22 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 // faster than memory gives. Newest keys come first: the next unit writes among them.
 class Fetcher {
   public:
-    // `calls`: how often some() will be called, about.
+    // `calls`: how often some() will be called.
     Fetcher(const AttentionCall& call, const Ahead& ahead, size_t calls) : call_(call), ahead_(ahead) {
         if (ahead.past == ahead.first) return;
         tiles_ = (ahead.past - 1) / kTile - ahead.first / kTile + 1;
         page_ = (ahead.past - 1) / call.layout->page_size, offset_ = (ahead.past - 1) % call.layout->page_size / kTile * kTile;
         const size_t lines = size_t(tiles_) * call.layout->tile_bytes / 64;
-        bytes_ = std::min<size_t>(kMostLines, (lines + calls - 1) / calls) * 64;
-        find_tile();
+        step_ = std::min<size_t>(kMostLines * 64, lines * 64 / calls + 1);
+        find_tile(), due_ = at_;
     }
 
     void some() {
-        const uint8_t* const past = std::min(at_ + bytes_, past_);
-        for (; at_ < past; at_ += 64) prefetch(at_);
-        if (at_ == past_ && bytes_ > 0) next_tile();
+        due_ += step_;
+        const uint8_t *at = at_, *const past = std::min(due_, past_);
+        for (; at < past; at += 64) prefetch(at);
+        at_ = at;
+        if (at == past_ && step_ > 0) next_tile();
     }
 
   private:
@@ -192,19 +194,21 @@ class Fetcher {
 
     HEADRACE_APART void next_tile() {
         if (--tiles_ == 0) {
-            at_ = past_ = nullptr, bytes_ = 0;
+            at_ = past_ = due_ = nullptr, step_ = 0;
             return;
         }
+        const ptrdiff_t over = due_ - past_;
         if (offset_ == 0) --page_, offset_ = call_.layout->page_size;
         offset_ -= kTile;
-        find_tile();
+        find_tile(), due_ = at_ + over;
     }
 
     const AttentionCall& call_;
     const Ahead& ahead_;
-    int tiles_, page_, offset_;                      // left; where this one is
-    const uint8_t *at_ = nullptr, *past_ = nullptr;  // of it
-    size_t bytes_ = 0;                               // a call; 0: all is asked for
+    int tiles_, page_, offset_;  // tiles left; where this one lies
+    // Of this tile: what is asked for next, its end, and up to where the calls so far should have asked.
+    const uint8_t *at_ = nullptr, *past_ = nullptr, *due_ = nullptr;
+    size_t step_ = 0;  // bytes a call, not only whole lines; 0: all is asked for
 };
 
 // ---- products
