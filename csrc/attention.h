@@ -50,7 +50,6 @@ struct AttentionCall {
 struct Ahead {
     const int32_t* pages;
     int kv_head, first, past;  // positions
-    bool own;                  // nobody has asked for what this unit reads
 };
 
 // The tile of the tokens from `offset` on in a page.
@@ -76,7 +75,7 @@ struct AttentionKernels {
                     float* out);
     // state = merge(state, part); `first`: state = part.
     void (*merge)(float* state, const float* part, int count, int dim, bool first);
-    // out[i] = o / l, head_dim floats.
+    // out[i] = o * (1 / l), head_dim floats.
     void (*finish)(const float* state, int count, int dim, int head_dim, float* const* out);
 };
 const AttentionKernels& attention_kernels(Isa isa, KvType type);

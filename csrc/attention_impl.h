@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <climits>
 
 #include "attention.h"
 #include "simd.h"
@@ -76,7 +77,8 @@ struct Scratch {
 
 // ---- storing
 
-constexpr float kLeastScale = 0x1p-100f;  // its inverse is a float; what is smaller becomes 0
+// Codes of a scale below this are smaller than their values say: its inverse might be more than a float holds.
+constexpr float kLeastScale = 0x1p-100f;
 
 inline int lanes_left(int dim, int d) { return dim - d < kLanes ? dim - d : kLanes; }
 
@@ -166,49 +168,47 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 // faster than memory gives. Newest keys come first: the next unit writes among them.
 class Fetcher {
   public:
-    // `calls`: how often some() will be called.
-    Fetcher(const AttentionCall& call, const Ahead& ahead, size_t calls) : call_(call), ahead_(ahead) {
+    // `calls`: how often some() will be called, about.
+    Fetcher(const AttentionCall& call, const Ahead& ahead, int calls) : call_(call), ahead_(ahead) {
         if (ahead.past == ahead.first) return;
         tiles_ = (ahead.past - 1) / kTile - ahead.first / kTile + 1;
         page_ = (ahead.past - 1) / call.layout->page_size, offset_ = (ahead.past - 1) % call.layout->page_size / kTile * kTile;
-        const size_t lines = size_t(tiles_) * call.layout->tile_bytes / 64;
-        step_ = std::min<size_t>(kMostLines * 64, lines * 64 / calls + 1);
-        find_tile(), due_ = at_;
+        bytes_ = int(call.layout->tile_bytes);
+        step_ = std::min(kMostBytes, int(int64_t(tiles_) * bytes_ / calls) + 1);
+        find_tile();
     }
 
     void some() {
         due_ += step_;
-        const uint8_t *at = at_, *const past = std::min(due_, past_);
-        for (; at < past; at += 64) prefetch(at);
+        int at = at_;
+        for (; at < due_ && at < bytes_; at += 64) prefetch(tile_ + at);
         at_ = at;
-        if (at == past_ && step_ > 0) next_tile();
+        if (at >= bytes_) next_tile();
     }
 
   private:
-    static constexpr size_t kMostLines = 5;  // a call
+    static constexpr int kMostBytes = 320;  // a call
 
-    void find_tile() {
-        at_ = kv_tile(*call_.layout, call_.cache, ahead_.pages[page_], offset_, ahead_.kv_head);
-        past_ = at_ + call_.layout->tile_bytes;
-    }
+    void find_tile() { tile_ = kv_tile(*call_.layout, call_.cache, ahead_.pages[page_], offset_, ahead_.kv_head); }
 
     HEADRACE_APART void next_tile() {
+        at_ = 0, due_ -= bytes_;
         if (--tiles_ == 0) {
-            at_ = past_ = due_ = nullptr, step_ = 0;
+            due_ = step_ = 0, bytes_ = INT_MAX;
             return;
         }
-        const ptrdiff_t over = due_ - past_;
         if (offset_ == 0) --page_, offset_ = call_.layout->page_size;
         offset_ -= kTile;
-        find_tile(), due_ = at_ + over;
+        find_tile();
     }
 
     const AttentionCall& call_;
     const Ahead& ahead_;
     int tiles_, page_, offset_;  // tiles left; where this one lies
-    // Of this tile: what is asked for next, its end, and up to where the calls so far should have asked.
-    const uint8_t *at_ = nullptr, *past_ = nullptr, *due_ = nullptr;
-    size_t step_ = 0;  // bytes a call, not only whole lines; 0: all is asked for
+    const uint8_t* tile_;
+    // Of the tile's bytes: what is asked for next, what should have been by now, what a call adds (not only whole lines), all. Those of no tile
+    // never end.
+    int at_ = 0, due_ = 0, step_ = 0, bytes_ = INT_MAX;
 };
 
 // ---- products
@@ -399,7 +399,7 @@ inline void finish_scores(const AttentionCall& call, float* scores, const Seen* 
             if (slopes) s = fma(all(slopes[i] * kLog2E), load(kLaneNumbers) + all(float(distances[i] + t * kTile)), s);
             if constexpr (!whole) s = keep(s, seen[i], t, none);
             store(at, s);
-            best[i] = max(best[i], s);
+            best[i] = max(s, best[i]);  // which keeps no NaN, whatever comes after it
         }
     });
     HEADRACE_UNROLL for (int i = 0; i < N; ++i) m[i] = greatest(best[i]);
@@ -421,7 +421,7 @@ inline void weigh(float* scores, const Seen* seen, const float* m, int first, in
                 Floats weight = p * load(tiles.scales[t] + kTile);
                 if constexpr (!whole) weight = keep(weight, seen[i], t, zero());  // the scale of what is not there may be a NaN
                 store(row + t * kTile, weight);
-                greatest_weight[i] = max(greatest_weight[i], weight);
+                greatest_weight[i] = max(weight, greatest_weight[i]);
             } else {
                 store_as((uint32_t*)row, t * kTile, p, typename S::Dot());
             }
@@ -437,7 +437,7 @@ template <int N>
 inline void fractions(const float* scores, int first, int past, float* most, uint8_t* bytes, Fetcher& fetcher) {
     constexpr float steps = 65535;
     Floats factor[N];
-    HEADRACE_UNROLL for (int i = 0; i < N; ++i) factor[i] = all(most[i] > 0 ? steps / most[i] : 0.0f), most[i] = most[i] / steps;
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) factor[i] = all(steps / std::max(most[i], kLeastScale)), most[i] = most[i] / steps;
     for (int t = first; t < past; ++t) {
         fetcher.some();
         HEADRACE_UNROLL for (int i = 0; i < N; ++i) {
@@ -476,14 +476,13 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     Tiles tiles;
     find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
 
-    // Calls for a tile of keys: its words and as many of values, kTileVectors at once, for each register tile of queries; then the passes over scores.
-    const int register_tiles = (count + S::kTile - 1) / S::kTile, passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
-    const int calls_a_tile = register_tiles * 2 * dim / (W * kTileVectors) + passes;
-    Fetcher fetcher(call, ahead, size_t(past - first) * size_t(calls_a_tile));
+    // Calls for a tile of keys: from register tiles of queries (of bytes all, of others those that are not full), for its words and as many of
+    // values, kTileVectors at once; then from the passes over scores.
+    const int calling = S::kBytes ? (count + S::kTile - 1) / S::kTile : count % S::kTile > 0, passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
+    Fetcher fetcher(call, ahead, (past - first) * (calling * 2 * dim / (W * kTileVectors) + passes));
     // Few queries make little of what they read: memory should be busy all the time.
-    const bool ask = ahead.own && !S::kExpanded && count <= S::kTile;
     auto fetch = [&](const uint32_t* const* of, int t) {
-        if (!ask || t >= past) return;
+        if (S::kExpanded || count > S::kTile || t >= past) return;
         for (size_t byte = 0; byte < layout.plane_bytes; byte += 64) prefetch((const uint8_t*)of[t] + byte);
     };
     for (int t = first; t < past && t < first + kTileVectors; ++t) fetch(tiles.keys, t);

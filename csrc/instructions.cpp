@@ -465,10 +465,8 @@ void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan,
         for (int block = unit.first_block; block < unit.past_block; ++block) {
             float* part = block == unit.first_block ? scratch.state : scratch.partial;
             const int next = (block + 1) * kSplit;
-            Ahead then = ahead;
-            if (block + 1 < unit.past_block) then = {call.pages, unit.kv_head, next, std::max(next, std::min(next + kSplit, queries.positions[unit.count - 1] + 1)), true};
-            then.own = ahead.own && block == unit.first_block;
-            kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, then, scratch.attention, part);
+            const Ahead own{call.pages, unit.kv_head, next, std::max(next, std::min(next + kSplit, queries.positions[unit.count - 1] + 1))};
+            kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : own, scratch.attention, part);
             if (part == scratch.partial) kernels.merge(scratch.state, part, unit.count, layout.dim, false);
         }
         kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
@@ -501,9 +499,8 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
     const int count = int(units.units.size());
     if (count == 0) return;
-    bool begins = true;
     each_stretch(1, count, count, worker, [&](int, int first, int past, int next) {
-        for (int unit = first; unit < past; ++unit, begins = false) attend(program, step, worker, units, unit, unit + 1 < past ? unit + 1 : next, begins);
+        for (int unit = first; unit < past; ++unit) attend(program, step, worker, units, unit, unit + 1 < past ? unit + 1 : next);
     });
 }
 
@@ -519,7 +516,7 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
     attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
 }
 
-void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index, bool begins) const {
+void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index) const {
     const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
     const Slot &vectors = program.slot(q), &to = program.slot(out);
@@ -544,12 +541,12 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
     const Step::Group& places = step.groups[size_t(group)];
     const AttentionCall call{&layout, pool->layer(layer), places.pages.data() + size_t(unit.chunk) * size_t(places.width), scale, window, softcap,
                              slopes ? queries.slopes : nullptr};
-    Ahead ahead{nullptr, 0, 0, 0, begins || !plan.single};
+    Ahead ahead{nullptr, 0, 0, 0};
     if (next_index >= 0 && plan.single) {  // units of few queries: their time is memory's
         const AttentionPlan::Unit& next = plan.units[size_t(next_index)];
         const int first = next.first_block * kSplit, last = step.positions[size_t(step.chunk_rows[size_t(next.chunk)])];
         const int from = window > 0 ? std::max(first, last - window + 1) : first;
-        ahead = {places.pages.data() + size_t(next.chunk) * size_t(places.width), next.kv_head, from, std::min(last + 1, first + kSplit), begins};
+        ahead = {places.pages.data() + size_t(next.chunk) * size_t(places.width), next.kv_head, from, std::min(last + 1, first + kSplit)};
     }
     run_unit(program, worker, plan, unit, call, queries, ahead);
 }
@@ -582,7 +579,7 @@ void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
             queries.positions[j] = rows - 1;  // sees as far as the last row
         }
         const AttentionCall call{&layout, keys->page(first_page(unit.chunk)), program.own_pages(), scale, 0, 0};
-        run_unit(program, worker, units, unit, call, queries, {nullptr, 0, 0, 0, true});
+        run_unit(program, worker, units, unit, call, queries, {nullptr, 0, 0, 0});
     }
 }
 

@@ -179,8 +179,8 @@ struct Attention : Instruction {
     double key_cost() const override { return 4.0 * heads * pool->layout.head_dim; }
 
   private:
-    // This thread begins with this unit or not, and goes on with unit next_index, or is done where that is -1.
-    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index, bool begins) const;
+    // This thread goes on with unit next_index, or is done where that is -1.
+    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index) const;
     void write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const;
 };
 

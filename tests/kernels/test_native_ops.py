@@ -362,6 +362,19 @@ def test_attention_does_not_depend_on_the_batch(ops: NativeOps, dtype: str, wind
             assert mine.tobytes() == theirs.tobytes()
 
 
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("size", [1e-30, 1e-33])
+def test_attention_to_tiny_values_does_not_depend_on_the_batch(ops: NativeOps, dtype: str, size: float) -> None:
+    """Values that leave no room for a scale, and later ones of normal size that the first rows do not see."""
+    s = Sequences([40], 3, 1, 16, 16, seed=3)
+    s.rows[0][:16] *= np.float32(size)
+    (whole,) = results(ops, s, [{0: range(40)}], dtype, poison=True)
+    (alone,) = results(ops, s, [{0: range(i, i + 1)} for i in range(40)], dtype, poison=True)
+    assert whole.tobytes() == alone.tobytes()
+    assert np.abs(whole[:16]).max() <= 10 * size
+    assert np.abs(whole[20:]).min(axis=1).max() > 0.01
+
+
 def test_attention_sees_what_it_should(ops: NativeOps) -> None:
     """The comparison above can fail: one more key, another scale or window is far outside the bounds."""
     s = Sequences([70], 3, 1, 16, 16, seed=2)
