@@ -77,8 +77,7 @@ struct Scratch {
 
 // ---- storing
 
-// Codes of a scale below this are smaller than their values say: its inverse might be more than a float holds.
-constexpr float kLeastScale = 0x1p-100f;
+constexpr float kLeastScale = 0x1p-100f;  // so that its inverse is a float; what is far below it becomes 0
 
 inline int lanes_left(int dim, int d) { return dim - d < kLanes ? dim - d : kLanes; }
 
@@ -92,8 +91,8 @@ inline void to_elements(const float* x, int dim, Element* out, float*, int) {
 inline void to_elements(const float* x, int dim, uint8_t* out, float* scale, int offset) {
     Floats size = zero();
     for (int d = 0; d < dim; d += kLanes) size = max(size, absolute(load_first(x + d, lanes_left(dim, d))));
-    *scale = greatest(size) / 127.0f;
-    const Floats inverse = all(1.0f / std::max(*scale, kLeastScale));
+    *scale = std::max(greatest(size) / 127.0f, kLeastScale);
+    const Floats inverse = all(1.0f / *scale);
     for (int d = 0; d < dim; d += kLanes) {
         const Floats codes = max(nearest(load_first(x + d, lanes_left(dim, d)) * inverse), all(-127.0f));  // a NaN becomes -127
         store_bytes(out + d, to_ints(codes + all(float(offset))));
@@ -129,8 +128,8 @@ inline void to_bytes(const float* q, int dim, uint32_t* words, ByteQuery& query)
     constexpr float steps = 127 * 128;
     Floats size = zero();
     for (int d = 0; d < dim; d += kLanes) size = max(size, absolute(load(q + d)));
-    query.scale = greatest(size) / steps;
-    const Floats inverse = all(1.0f / std::max(query.scale, kLeastScale));
+    query.scale = std::max(greatest(size) / steps, kLeastScale);
+    const Floats inverse = all(1.0f / query.scale);
     uint8_t *high = (uint8_t*)words, *low = high + dim;
     Floats total = zero();  // of whole numbers below 2^24
     for (int d = 0; d < dim; d += kLanes) {
@@ -437,7 +436,10 @@ template <int N>
 inline void fractions(const float* scores, int first, int past, float* most, uint8_t* bytes, Fetcher& fetcher) {
     constexpr float steps = 65535;
     Floats factor[N];
-    HEADRACE_UNROLL for (int i = 0; i < N; ++i) factor[i] = all(steps / std::max(most[i], kLeastScale)), most[i] = most[i] / steps;
+    HEADRACE_UNROLL for (int i = 0; i < N; ++i) {
+        most[i] = std::max(most[i], kLeastScale);  // 0 where a query sees nothing
+        factor[i] = all(steps / most[i]), most[i] = most[i] / steps;
+    }
     for (int t = first; t < past; ++t) {
         fetcher.some();
         HEADRACE_UNROLL for (int i = 0; i < N; ++i) {
