@@ -6,7 +6,7 @@
 // and blocks are merged in ascending order: m' = max(m, m_b), a = 2^(m - m'), b = 2^(m_b - m'), l = fma(l, a, l_b * b), o likewise.
 // So a row has the same bits whichever chunk, page, batch or thread it is computed in. With float32 and float16 storage, products are
 // of floats. With bfloat16, q and p are rounded to it. With int8, q is rounded to steps of max|q| / 16256 and p_t times v_t's scale to
-// steps of its greatest value / 65535, and the products are sums of integers.
+// steps of its greatest value / 65535, and the products are sums of integers; no scale, and no such greatest value, is below 2^-100.
 #pragma once
 
 #include <cstddef>

@@ -335,7 +335,8 @@ template <class S>
 inline void find_tiles(const AttentionCall& call, int kv_head, int start, int first, int past, const Scratch& scratch, Tiles& tiles) {
     const KvLayout& layout = *call.layout;
     const int elements = layout.dim * kTile, words = elements / S::kWord;
-    int page = (start + first * kTile) / layout.page_size, offset = (start + first * kTile) % layout.page_size;
+    const int position = start + first * kTile;
+    int page = position / layout.page_size, offset = position % layout.page_size;
     for (int t = first; t < past; ++t, offset += kTile) {
         if (offset == layout.page_size) ++page, offset = 0;
         const uint8_t* tile = kv_tile(layout, call.cache, call.pages[page], offset, kv_head);
@@ -480,7 +481,8 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
 
     // Calls for a tile of keys: from register tiles of queries (of bytes all, of others those that are not full), for its words and as many of
     // values, kTileVectors at once; then from the passes over scores.
-    const int calling = S::kBytes ? (count + S::kTile - 1) / S::kTile : count % S::kTile > 0, passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
+    const int calling = S::kBytes ? (count + S::kTile - 1) / S::kTile : count % S::kTile > 0;
+    const int passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
     Fetcher fetcher(call, ahead, (past - first) * (calling * 2 * dim / (W * kTileVectors) + passes));
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {
@@ -513,7 +515,10 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     // Pass by pass over all queries: the last sums of some are then added up while the next ones' are computed.
     float factors[kQueries];
     auto pass = [&](auto f) { query_tiles<kPassQueries>(count, [&](int i, auto n) { f(i, scratch.scores + i * kScoreStride, n); }); };
-    pass([&](int i, float* scores, auto n) { finish_scores<S, n>(call, scores, seen + i, distances + i, call.slopes ? call.slopes + i : nullptr, first, past, tiles, m + i, fetcher); });
+    pass([&](int i, float* scores, auto n) {
+        const float* slopes = call.slopes ? call.slopes + i : nullptr;
+        finish_scores<S, n>(call, scores, seen + i, distances + i, slopes, first, past, tiles, m + i, fetcher);
+    });
     pass([&](int i, float* scores, auto n) { weigh<S, n>(scores, seen + i, m + i, first, past, tiles, l + i, factors + i, fetcher); });
     if constexpr (S::kBytes)
         pass([&](int i, float* scores, auto n) { fractions<n>(scores, first, past, factors + i, scratch.bytes + i * 2 * kSplit, fetcher); });

@@ -96,7 +96,7 @@ async def test_a_stopped_engine_is_replaced_and_a_continued_one_is_not(tiny: str
         await asyncio.sleep(0.005)
         kill(engine, signal.SIGSTOP)
         began = time.monotonic()
-        assert len((await task).token_ids) == 400 and time.monotonic() - began < 10  # the heartbeat is 1 s
+        assert len((await task).token_ids) == 400 and time.monotonic() - began < 2.5
         assert engine.pid != first
         second = engine.pid
         kill(engine, signal.SIGSTOP)
