@@ -46,10 +46,11 @@ struct AttentionCall {
     const float* slopes = nullptr;  // ALiBi: of each query vector; the score of a key at t gains slope * (t - position)
 };
 
-// Keys that the next unit of work will read: fetched into cache meanwhile. past == first: none.
+// Tiles that later blocks read, fetched into cache while one is worked on; `fetched`: its own were.
 struct Ahead {
-    const int32_t* pages;
-    int kv_head, first, past;  // positions
+    bool fetched;
+    int count;
+    const uint8_t* tiles[2 * kSplit / kTile];
 };
 
 // The tile of the tokens from `offset` on in a page.

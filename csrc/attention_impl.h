@@ -163,18 +163,14 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 
 // ---- reading ahead
 
-// Fetches what the next unit reads, evenly over this one's work: memory is busy while the core computes, and a core drops what it is asked for
-// faster than memory gives. Newest keys come first: the next unit writes among them.
+// Fetches what later blocks read, evenly over this one's work: memory is busy while the core computes, and a core drops what it is asked for
+// faster than memory gives.
 class Fetcher {
   public:
     // `calls`: how often some() will be called, about.
-    Fetcher(const AttentionCall& call, const Ahead& ahead, int calls) : call_(call), ahead_(ahead) {
-        if (ahead.past == ahead.first) return;
-        tiles_ = (ahead.past - 1) / kTile - ahead.first / kTile + 1;
-        page_ = (ahead.past - 1) / call.layout->page_size, offset_ = (ahead.past - 1) % call.layout->page_size / kTile * kTile;
-        bytes_ = int(call.layout->tile_bytes);
-        step_ = std::min(kMostBytes, int(int64_t(tiles_) * bytes_ / calls) + 1);
-        find_tile();
+    Fetcher(const Ahead& ahead, int tile_bytes, int calls) : next_(ahead.tiles), end_(ahead.tiles + ahead.count), all_(tile_bytes) {
+        step_ = int(int64_t(ahead.count) * tile_bytes / calls) + 1;
+        next_tile();
     }
 
     void some() {
@@ -182,39 +178,38 @@ class Fetcher {
         int at = at_;
         for (; at < due_ && at < bytes_; at += 64) prefetch(tile_ + at);
         at_ = at;
-        if (at >= bytes_) next_tile();
+        if (at >= bytes_) due_ -= bytes_, next_tile();
+    }
+
+    // What is left.
+    void rest() {
+        for (; bytes_ < INT_MAX; next_tile())
+            for (; at_ < bytes_; at_ += 64) prefetch(tile_ + at_);
     }
 
   private:
-    static constexpr int kMostBytes = 320;  // a call
-
-    void find_tile() { tile_ = kv_tile(*call_.layout, call_.cache, ahead_.pages[page_], offset_, ahead_.kv_head); }
-
-    HEADRACE_APART void next_tile() {
-        at_ = 0, due_ -= bytes_;
-        if (--tiles_ == 0) {
+    void next_tile() {
+        at_ = 0;
+        if (next_ == end_)
             due_ = step_ = 0, bytes_ = INT_MAX;
-            return;
-        }
-        if (offset_ == 0) --page_, offset_ = call_.layout->page_size;
-        offset_ -= kTile;
-        find_tile();
+        else
+            tile_ = *next_++, bytes_ = all_;
     }
 
-    const AttentionCall& call_;
-    const Ahead& ahead_;
-    int tiles_, page_, offset_;  // tiles left; where this one lies
+    const uint8_t *const *next_, *const *end_;
+    int all_;
     const uint8_t* tile_;
     // Of the tile's bytes: what is asked for next, what should have been by now, what a call adds (not only whole lines), all. Those of no tile
     // never end.
-    int at_ = 0, due_ = 0, step_ = 0, bytes_ = INT_MAX;
+    int at_ = 0, due_ = 0, step_, bytes_ = INT_MAX;
 };
 
 // ---- products
 
 // scores[query][16 v + lane] = sum over d of q . key, for NV tiles of keys.
 template <class Dot, int NQ, int NV>
-HEADRACE_APART void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores, Fetcher& fetcher) {
+HEADRACE_APART void score_tile(const uint32_t* q, int stride, int words, const uint32_t* const* keys, float* scores, Fetcher& shared_fetcher) {
+    Fetcher fetcher = shared_fetcher;  // in registers
     Floats acc[NQ][NV];
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
@@ -229,11 +224,13 @@ HEADRACE_APART void score_tile(const uint32_t* q, int stride, int words, const u
     }
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) store(scores + i * kScoreStride + v * kTile, acc[i][v]);
+    shared_fetcher = fetcher;
 }
 
 // out[query][16 v + lane] = sum over `count` tokens of p . value, for NV vectors of value columns.
 template <class Dot, int W, int NQ, int NV>
-HEADRACE_APART void value_tile(const uint32_t* p, const uint32_t* const* values, int column, int dim, int count, float* out, Fetcher& fetcher) {
+HEADRACE_APART void value_tile(const uint32_t* p, const uint32_t* const* values, int column, int dim, int count, float* out, Fetcher& shared_fetcher) {
+    Fetcher fetcher = shared_fetcher;  // in registers
     Floats acc[NQ][NV];
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) acc[i][v] = zero();
@@ -257,12 +254,14 @@ HEADRACE_APART void value_tile(const uint32_t* p, const uint32_t* const* values,
     }
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, acc[i][v]);
+    shared_fetcher = fetcher;
 }
 
 // The same of bytes: exact sums of integers.
 template <int NQ, int NV>
 HEADRACE_APART void score_tile_bytes(const uint32_t* q, int stride, int words, const ByteQuery* queries, const uint32_t* const* keys, float* scores,
-                             Fetcher& fetcher) {
+                             Fetcher& shared_fetcher) {
+    Fetcher fetcher = shared_fetcher;  // in registers
     Words high[NQ][NV], low[NQ][NV];
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = all_words(0), low[i][v] = all_words(uint32_t(queries[i].bias));
@@ -281,12 +280,14 @@ HEADRACE_APART void score_tile_bytes(const uint32_t* q, int stride, int words, c
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v)
             store(scores + i * kScoreStride + v * kTile, to_floats(shift_left<7>(high[i][v]) + low[i][v]) * all(queries[i].scale));
+    shared_fetcher = fetcher;
 }
 
 // out = factor * sum of (256 high + low) * value.
 template <int NQ, int NV>
 HEADRACE_APART void value_tile_bytes(const uint8_t* p, const float* factors, const uint32_t* const* values, int column, int dim, int tiles, float* out,
-                             Fetcher& fetcher) {
+                             Fetcher& shared_fetcher) {
+    Fetcher fetcher = shared_fetcher;  // in registers
     Words high[NQ][NV], low[NQ][NV];
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) high[i][v] = low[i][v] = all_words(0);
@@ -307,6 +308,7 @@ HEADRACE_APART void value_tile_bytes(const uint8_t* p, const float* factors, con
     }
     HEADRACE_UNROLL for (int i = 0; i < NQ; ++i)
         HEADRACE_UNROLL for (int v = 0; v < NV; ++v) store(out + size_t(i) * dim + v * kLanes, to_floats(shift_left<8>(high[i][v]) + low[i][v]) * all(factors[i]));
+    shared_fetcher = fetcher;
 }
 
 // Calls f with a constant number of queries for each register tile of `count` of them; a tile has at most Most.
@@ -483,10 +485,10 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     // values, kTileVectors at once; then from the passes over scores.
     const int calling = S::kBytes ? (count + S::kTile - 1) / S::kTile : count % S::kTile > 0;
     const int passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
-    Fetcher fetcher(call, ahead, (past - first) * (calling * 2 * dim / (W * kTileVectors) + passes));
+    Fetcher fetcher(ahead, int(layout.tile_bytes), (past - first) * (calling * 2 * dim / (W * kTileVectors) + passes));
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {
-        if (S::kExpanded || count > S::kTile || t >= past) return;
+        if (ahead.fetched || S::kExpanded || count > S::kTile || t >= past) return;
         for (size_t byte = 0; byte < layout.plane_bytes; byte += 64) prefetch((const uint8_t*)of[t] + byte);
     };
     for (int t = first; t < past && t < first + kTileVectors; ++t) fetch(tiles.keys, t);
@@ -539,6 +541,7 @@ void partial(const AttentionCall& call, const int32_t* positions, int count, int
     };
     while (column + kTileVectors * kLanes <= dim) mix(std::integral_constant<int, kTileVectors>());
     while (column < dim) mix(std::integral_constant<int, 1>());
+    fetcher.rest();
 }
 
 // ---- merging

@@ -454,30 +454,108 @@ struct Queries {
     float slopes[kQueries];
 };
 
+}  // namespace
+
+// Names the tiles that a thread's units read one after the other, some way ahead of its work.
+class Lead {
+  public:
+    // `pages`: of chunk 0, and `width` further of the next.
+    Lead(const KvLayout& layout, uint8_t* cache, const int32_t* pages, int width, const std::vector<AttentionPlan::Unit>& units)
+        : layout_(layout), cache_(cache), pages_(pages), width_(width), units_(units) {}
+
+    const int32_t* pages(int chunk) const { return pages_ + size_t(chunk) * size_t(width_); }
+
+    // The thread goes on with units first..past-1 and then `next`, or nobody knows yet what comes then where that is -1.
+    void go_on(int first, int past, int next) {
+        if (unit_ != first) begin(first);
+        past_ = past, next_ = next;
+    }
+
+    // Its next block has so many tiles: what to fetch meanwhile.
+    const Ahead& before(int tiles) {
+        ahead_.fetched = named_ >= read_ + tiles;
+        read_ += tiles;
+        while (named_ < read_ && name()) continue;
+        ahead_.count = 0;
+        while (ahead_.count < 2 * tiles && !enough()) {  // a short block has no time for many
+            const uint8_t* tile = name();
+            if (!tile) break;
+            ahead_.tiles[ahead_.count++] = tile;
+        }
+        return ahead_;
+    }
+
+  private:
+    static constexpr int kLeast = 6, kBlock = kSplit / kTile;  // tiles
+
+    // Whole blocks, and not too little. More would only leave the first-level cache before its turn comes.
+    bool enough() const { return named_ >= read_ + kLeast && (at_ == past_tile_ || at_ % kBlock == 0); }
+
+    void begin(int unit) {
+        const AttentionPlan::Unit& keys = units_[size_t(unit)];
+        unit_ = unit, at_ = keys.first / kTile, past_tile_ = (keys.past - 1) / kTile + 1;
+        page_ = pages(keys.chunk) + keys.first / layout_.page_size, offset_ = keys.first % layout_.page_size / kTile * kTile;
+        find();
+    }
+
+    void find() { tile_ = kv_tile(layout_, cache_, *page_, offset_, units_[size_t(unit_)].kv_head); }
+
+    // The next tile, if it is known.
+    const uint8_t* name() {
+        while (at_ == past_tile_) {
+            if (unit_ + 1 < past_)
+                begin(unit_ + 1);
+            else if (next_ >= 0)
+                begin(next_), past_ = next_ + 1, next_ = -1;
+            else
+                return nullptr;
+        }
+        const uint8_t* tile = tile_;
+        tile_ += layout_.tile_bytes, offset_ += kTile, ++at_, ++named_;
+        if (at_ < past_tile_ && offset_ == layout_.page_size) ++page_, offset_ = 0, find();
+        return tile;
+    }
+
+    const KvLayout& layout_;
+    uint8_t* const cache_;
+    const int32_t* const pages_;
+    const int width_;
+    const std::vector<AttentionPlan::Unit>& units_;
+    int unit_ = -1, past_ = 0, next_ = -1;
+    int at_ = 0, past_tile_ = 0;  // of the unit's tiles, the next, and the last plus one
+    const uint8_t* tile_ = nullptr;
+    const int32_t* page_ = nullptr;
+    int offset_ = 0;  // in that page
+    int named_ = 0, read_ = 0;  // tiles, from the thread's first unit on
+    Ahead ahead_;
+};
+
+namespace {
+
 // Runs a unit's blocks; the last thread to end a block of queries that were split over blocks merges them.
 void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan, const AttentionPlan::Unit& unit, const AttentionCall& call, const Queries& queries,
-              const Ahead& ahead) {
+              Lead& lead) {
     const KvLayout& layout = *call.layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
     Scratch& scratch = program.scratch(worker);
     kernels.prepare(call, queries.vectors, unit.count, scratch.attention);
+    auto partial = [&](int block, float* out) {
+        const int tiles = (std::min(unit.past, (block + 1) * kSplit) + kTile - 1) / kTile - std::max(unit.first, block * kSplit) / kTile;
+        kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, lead.before(tiles), scratch.attention, out);
+    };
+    auto merge = [&](const float* part, bool first) { kernels.merge(scratch.state, part, unit.count, layout.dim, first); };
+    const int first_block = unit.first / kSplit;
     if (unit.join < 0) {
-        for (int block = unit.first_block; block < unit.past_block; ++block) {
-            float* part = block == unit.first_block ? scratch.state : scratch.partial;
-            const int next = (block + 1) * kSplit;
-            const Ahead own{call.pages, unit.kv_head, next, std::max(next, std::min(next + kSplit, queries.positions[unit.count - 1] + 1))};
-            kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, block + 1 == unit.past_block ? ahead : own, scratch.attention, part);
-            if (part == scratch.partial) kernels.merge(scratch.state, part, unit.count, layout.dim, false);
-        }
-        kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
-        return;
+        partial(first_block, scratch.state);
+        for (int block = first_block + 1; block * kSplit < unit.past; ++block) partial(block, scratch.partial), merge(scratch.partial, false);
+    } else {
+        const AttentionPlan::Join& join = plan.joins[size_t(unit.join)];
+        auto part = [&](int i) { return program.partial(join.first_partial + i); };
+        partial(first_block, part(first_block - join.first_block));
+        if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return;
+        program.joined(unit.join).store(0, std::memory_order_relaxed);
+        for (int i = 0; i < join.blocks; ++i) merge(part(i), i == 0);
     }
-    const AttentionPlan::Join& join = plan.joins[size_t(unit.join)];
-    kernels.partial(call, queries.positions, unit.count, unit.kv_head, unit.first_block, ahead, scratch.attention,
-                    program.partial(join.first_partial + unit.first_block - join.first_block));
-    if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return;
-    program.joined(unit.join).store(0, std::memory_order_relaxed);
-    for (int i = 0; i < join.blocks; ++i) kernels.merge(scratch.state, program.partial(join.first_partial + i), unit.count, layout.dim, i == 0);
     kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
 }
 
@@ -499,8 +577,14 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     if (worker.apart() && step.cuts_chunks) worker.meet();  // the others' keys of the same chunk
     const int count = int(units.units.size());
     if (count == 0) return;
+    const Step::Group& places = step.groups[size_t(group)];
+    Lead lead(pool->layout, pool->layer(layer), places.pages.data(), places.width, units.units);
     each_stretch(1, count, count, worker, [&](int, int first, int past, int next) {
-        for (int unit = first; unit < past; ++unit) attend(program, step, worker, units, unit, unit + 1 < past ? unit + 1 : next);
+        if (units.single) lead.go_on(first, past, next);
+        for (int unit = first; unit < past; ++unit) {
+            if (!units.single) lead.go_on(unit, unit + 1, -1);  // units of many queries: their time is not memory's, and the next has the same keys
+            attend(program, step, worker, units, unit, lead);
+        }
     });
 }
 
@@ -516,7 +600,7 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
     attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
 }
 
-void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index) const {
+void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead) const {
     const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
     const Slot &vectors = program.slot(q), &to = program.slot(out);
@@ -536,19 +620,10 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
         }
     }
     // With one row a chunk, the unit that has its newest key is the only one to read it.
-    if (plan.single && k >= 0 && unit.past_block == queries.positions[unit.count - 1] / kSplit + 1) write(program, step, worker, first_row, unit.kv_head);
+    if (plan.single && k >= 0 && unit.past == queries.positions[0] + 1) write(program, step, worker, first_row, unit.kv_head);
 
-    const Step::Group& places = step.groups[size_t(group)];
-    const AttentionCall call{&layout, pool->layer(layer), places.pages.data() + size_t(unit.chunk) * size_t(places.width), scale, window, softcap,
-                             slopes ? queries.slopes : nullptr};
-    Ahead ahead{nullptr, 0, 0, 0};
-    if (next_index >= 0 && plan.single) {  // units of few queries: their time is memory's
-        const AttentionPlan::Unit& next = plan.units[size_t(next_index)];
-        const int first = next.first_block * kSplit, last = step.positions[size_t(step.chunk_rows[size_t(next.chunk)])];
-        const int from = window > 0 ? std::max(first, last - window + 1) : first;
-        ahead = {places.pages.data() + size_t(next.chunk) * size_t(places.width), next.kv_head, from, std::min(last + 1, first + kSplit)};
-    }
-    run_unit(program, worker, plan, unit, call, queries, ahead);
+    const AttentionCall call{&layout, pool->layer(layer), lead.pages(unit.chunk), scale, window, softcap, slopes ? queries.slopes : nullptr};
+    run_unit(program, worker, plan, unit, call, queries, lead);
 }
 
 void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
@@ -579,7 +654,9 @@ void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
             queries.positions[j] = rows - 1;  // sees as far as the last row
         }
         const AttentionCall call{&layout, keys->page(first_page(unit.chunk)), program.own_pages(), scale, 0, 0};
-        run_unit(program, worker, units, unit, call, queries, {nullptr, 0, 0, 0});
+        Lead lead(layout, call.cache, call.pages, 0, units.units);
+        lead.go_on(i, i + 1, -1);
+        run_unit(program, worker, units, unit, call, queries, lead);
     }
 }
 

@@ -163,6 +163,8 @@ struct HeadTransform {
 };
 
 // Attention, and before it what feeds it: norms and rotation of q and k, and the write of k and v.
+class Lead;
+
 struct Attention : Instruction {
     std::shared_ptr<const KvPool> pool;
     int layer, group, plan, heads;
@@ -179,8 +181,7 @@ struct Attention : Instruction {
     double key_cost() const override { return 4.0 * heads * pool->layout.head_dim; }
 
   private:
-    // This thread goes on with unit next_index, or is done where that is -1.
-    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, int next_index) const;
+    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead) const;
     void write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const;
 };
 

@@ -46,17 +46,17 @@ void AttentionPlan::build(const Step& step, const Worker& worker, int max_partia
             const int first = rows_of(c).first * queries_a_row + cut * kQueries, count = std::min(kQueries, past_query - first);
             const int first_position = step.positions[size_t(first_row + first / queries_a_row)];
             const int last_position = whole ? step.chunk_rows[size_t(c) + 1] - first_row - 1 : step.positions[size_t(first_row + (first + count - 1) / queries_a_row)];
-            const int first_block = window > 0 ? std::max(0, first_position - window + 1) / kSplit : 0, past_block = last_position / kSplit + 1;
-            const int blocks = past_block - first_block;
+            const int seen = window > 0 ? std::max(0, first_position - window + 1) : 0, past = last_position + 1;
+            const int first_block = seen / kSplit, blocks = last_position / kSplit + 1 - first_block;
             for (int head = 0; head < kv_heads; ++head) {
                 if (!split || blocks == 1 || partials + blocks > max_partials) {
-                    units.push_back({c, head, first, count, first_block, past_block, -1});
+                    units.push_back({c, head, first, count, seen, past, -1});
                     continue;
                 }
                 joins.push_back({partials, first_block, blocks});
                 partials += blocks;
-                for (int block = past_block - 1; block >= first_block; --block)
-                    units.push_back({c, head, first, count, block, block + 1, int(joins.size()) - 1});
+                for (int i = 0, block = first_block; i < blocks; ++i, ++block)
+                    units.push_back({c, head, first, count, std::max(seen, block * kSplit), std::min(past, (block + 1) * kSplit), int(joins.size()) - 1});
             }
         }
     }

@@ -127,8 +127,8 @@ using SlotId = int;
 struct AttentionPlan {
     struct Unit {
         int chunk, kv_head, first_query, count;  // query q of a chunk: row q / group, head q % group of the KV head
-        int first_block, past_block;
-        int join;  // index of `joins`, or -1: this unit does all blocks
+        int first, past;  // positions of the keys that it reads
+        int join;         // index of `joins`, or -1: this unit reads all that its queries see
     };
     struct Join {  // blocks of the same queries
         int first_partial, first_block, blocks;
