@@ -13,14 +13,13 @@ HEADRACE_DECLARE(avx2)
 HEADRACE_DECLARE(avx512)
 #endif
 
-KvLayout kv_layout(KvType type, int layers, int page_size, int kv_heads, int head_dim) {
+KvLayout kv_layout(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim) {
     constexpr int element_bytes[] = {4, 2, 2, 1};
-    KvLayout layout{type, page_size, kv_heads, head_dim, (head_dim + 15) / 16 * 16, 0, 0, 0, 0, 0};
+    KvLayout layout{type, layers, pages, page_size, kv_heads, head_dim, (head_dim + 15) / 16 * 16, 0, 0, 0, 0};
     layout.plane_bytes = size_t(layout.dim) * kTile * size_t(element_bytes[int(type)]);
     layout.tile_bytes = 2 * layout.plane_bytes + (type == KvType::i8 ? 2 * kTile * sizeof(float) : 0);
-    layout.head_bytes = layout.tile_bytes * size_t(page_size / kTile);
-    layout.page_bytes = layout.head_bytes * size_t(kv_heads);
-    layout.page_stride = layout.page_bytes * size_t(layers);
+    layout.run_bytes = layout.tile_bytes * size_t(page_size / kTile);
+    layout.page_bytes = layout.run_bytes * size_t(layers) * size_t(kv_heads);
     return layout;
 }
 

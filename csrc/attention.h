@@ -9,6 +9,7 @@
 // steps of its greatest value / 65535, and the products are sums of integers; no scale, and no such greatest value, is below 2^-100.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -23,44 +24,44 @@ constexpr int kMaxHeadDim = 512;
 
 enum class KvType : uint8_t { f32, f16, bf16, i8 };
 
-// A page holds, per KV head, page_size / 16 tiles of 16 tokens. A tile: keys [head_dim / w][16][w], values [16 / w][head_dim][w] with
+// A page holds, per layer and KV head, page_size / 16 tiles of 16 tokens. A tile: keys [head_dim / w][16][w], values [16 / w][head_dim][w] with
 // w = 1 element (float32, float16), 2 (bfloat16) or 4 (int8) to a word; for int8 (keys: code + 128), then 16 float scales of keys and 16 of
-// values.
+// values. Pages lie in groups of kPageGroup: [group][layer][KV head][page], so that neighbours' tiles of a layer and head are one long read.
 struct KvLayout {
     KvType type;
-    int page_size, kv_heads, head_dim;
+    int layers, pages, page_size, kv_heads, head_dim;
     int dim;  // head_dim padded to 16; padding stays 0
-    size_t plane_bytes, tile_bytes, head_bytes, page_bytes;
-    size_t page_stride;  // from one page of a layer to the next: a page's layers lie together
+    size_t plane_bytes, tile_bytes;
+    size_t run_bytes;   // of a page, in one layer of one KV head
+    size_t page_bytes;  // of a page
 };
-KvLayout kv_layout(KvType type, int layers, int page_size, int kv_heads, int head_dim);
+KvLayout kv_layout(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim);
+constexpr int kPageGroup = 8;
+
+// The tile of the tokens from `offset` on in a page.
+inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int layer, int page, int kv_head, int offset) {
+    const int first = page / kPageGroup * kPageGroup, run = (layer * layout.kv_heads + kv_head) * std::min(kPageGroup, layout.pages - first) + page - first;
+    return cache + size_t(first) * layout.page_bytes + size_t(run) * layout.run_bytes + size_t(offset / kTile) * layout.tile_bytes;
+}
 
 // Attention of one layer, for one chunk.
 struct AttentionCall {
     const KvLayout* layout;
-    uint8_t* cache;        // page 0 of the layer
-    const int32_t* pages;  // of the chunk's sequence, from position 0 on
     float scale;
     int window;     // 0: none
     float softcap;  // 0: none
     const float* slopes = nullptr;  // ALiBi: of each query vector; the score of a key at t gains slope * (t - position)
 };
 
-// Tiles that later blocks read, fetched into cache while one is worked on; `fetched`: its own were.
-struct Ahead {
-    bool fetched;
-    int count;
-    const uint8_t* tiles[2 * kSplit / kTile];
+// A block of keys of one KV head.
+struct KeyBlock {
+    int start;                    // position of its first key
+    int first, past;              // its tiles that hold keys which the queries see
+    const uint8_t* const* tiles;  // [past - first]
+    bool fetched;                 // into cache, as later ones of a block before
+    const uint8_t* const* later;  // [later_count]: tiles that later blocks read, to be fetched into cache meanwhile
+    int later_count;
 };
-
-// The tile of the tokens from `offset` on in a page.
-inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t page, int offset, int kv_head) {
-    return cache + size_t(page) * layout.page_stride + size_t(kv_head) * layout.head_bytes + size_t(offset / kTile) * layout.tile_bytes;
-}
-
-inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int64_t slot, int kv_head) {
-    return kv_tile(layout, cache, slot / layout.page_size, int(slot % layout.page_size), kv_head);
-}
 
 // Floats of the running or partial result of `queries` query vectors: m, l, o [dim] of each.
 inline size_t state_floats(int queries, int dim) { return size_t(queries) * size_t(2 + dim); }
@@ -71,9 +72,8 @@ struct AttentionKernels {
     void (*store)(const KvLayout& layout, uint8_t* tile, int offset, const float* k, const float* v);
     // Query vectors as words in scratch, for `partial`.
     void (*prepare)(const AttentionCall& call, const float* const* q, int count, uint8_t* scratch);
-    // (m, l, o) of `count` prepared query vectors at `positions` over key block `block`; m is -inf where a query sees none of it.
-    void (*partial)(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, const Ahead& ahead, uint8_t* scratch,
-                    float* out);
+    // (m, l, o) of `count` prepared query vectors at `positions` over a block of keys; m is -inf where a query sees none of it.
+    void (*partial)(const AttentionCall& call, const int32_t* positions, int count, const KeyBlock& block, uint8_t* scratch, float* out);
     // state = merge(state, part); `first`: state = part.
     void (*merge)(float* state, const float* part, int count, int dim, bool first);
     // out[i] = o * (1 / l), head_dim floats.

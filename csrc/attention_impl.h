@@ -164,13 +164,13 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 // ---- reading ahead
 
 // Fetches what later blocks read, evenly over this one's work: memory is busy while the core computes, and a core drops what it is asked for
-// faster than memory gives.
+// faster than memory gives. The last tile comes first: its unit begins with writing a key to it.
 class Fetcher {
   public:
     // `calls`: how often some() will be called, about.
-    Fetcher(const Ahead& ahead, int tile_bytes, int calls) : next_(ahead.tiles), end_(ahead.tiles + ahead.count), all_(tile_bytes) {
-        step_ = int(int64_t(ahead.count) * tile_bytes / calls) + 1;
-        next_tile();
+    Fetcher(const KeyBlock& block, int tile_bytes, int calls) : next_(block.later), end_(block.later + block.later_count), all_(tile_bytes) {
+        step_ = int(int64_t(block.later_count) * tile_bytes / calls) + 1;
+        if (next_ != end_) tile_ = *--end_, bytes_ = all_;
     }
 
     void some() {
@@ -332,16 +332,12 @@ inline void expand(const Half* from, int n, uint32_t* to) {
     for (int i = 0; i < n; i += kLanes) store((float*)to + i, load(from + i));
 }
 
-// Finds (and expands) tiles first..past-1 of the block that starts at position `start`.
+// The parts (expanded) of a block's tiles.
 template <class S>
-inline void find_tiles(const AttentionCall& call, int kv_head, int start, int first, int past, const Scratch& scratch, Tiles& tiles) {
-    const KvLayout& layout = *call.layout;
+inline void open_tiles(const KvLayout& layout, const KeyBlock& block, const Scratch& scratch, Tiles& tiles) {
     const int elements = layout.dim * kTile, words = elements / S::kWord;
-    const int position = start + first * kTile;
-    int page = position / layout.page_size, offset = position % layout.page_size;
-    for (int t = first; t < past; ++t, offset += kTile) {
-        if (offset == layout.page_size) ++page, offset = 0;
-        const uint8_t* tile = kv_tile(layout, call.cache, call.pages[page], offset, kv_head);
+    for (int t = block.first; t < block.past; ++t) {
+        const uint8_t* tile = block.tiles[t - block.first];
         tiles.scales[t] = (const float*)(tile + 2 * layout.plane_bytes);
         if constexpr (S::kExpanded) {
             using Element = typename S::Element;
@@ -453,42 +449,32 @@ inline void fractions(const float* scores, int first, int past, float* most, uin
 }
 
 template <class S>
-void partial(const AttentionCall& call, const int32_t* positions, int count, int kv_head, int block, const Ahead& ahead, uint8_t* memory,
-             float* out) {
+void partial(const AttentionCall& call, const int32_t* positions, int count, const KeyBlock& block, uint8_t* memory, float* out) {
     constexpr int W = S::kWord;
     const KvLayout& layout = *call.layout;
-    const int dim = layout.dim, start = block * kSplit;
+    const int dim = layout.dim, first = block.first, past = block.past;
     Seen seen[kQueries];
-    int distances[kQueries], low = kSplit, high = 0;
+    int distances[kQueries], high = 0;
     for (int i = 0; i < count; ++i) {
-        distances[i] = start - positions[i];
-        const int past = positions[i] + 1 - start, first = call.window > 0 ? past - call.window : 0;
-        seen[i] = {first < 0 ? 0 : first, past > kSplit ? kSplit : past};
-        if (seen[i].past <= seen[i].first) {
-            seen[i] = {0, 0};
-            continue;
-        }
-        low = seen[i].first < low ? seen[i].first : low;
+        distances[i] = block.start - positions[i];
+        const int end = positions[i] + 1 - block.start, begin = call.window > 0 ? end - call.window : 0;
+        seen[i] = {begin < 0 ? 0 : begin, end > kSplit ? kSplit : end};
+        if (seen[i].past <= seen[i].first) seen[i] = {0, 0};
         high = seen[i].past > high ? seen[i].past : high;
     }
     float *m = out, *l = out + count, *o = out + 2 * count;
-    if (high == 0) {
-        for (int i = 0; i < count; ++i) m[i] = -INFINITY;
-        return;
-    }
     const Scratch scratch(memory, dim);
-    const int first = low / kTile, past = (high + kTile - 1) / kTile;
     Tiles tiles;
-    find_tiles<S>(call, kv_head, start, first, past, scratch, tiles);
+    open_tiles<S>(layout, block, scratch, tiles);
 
     // Calls for a tile of keys: from register tiles of queries (of bytes all, of others those that are not full), for its words and as many of
     // values, kTileVectors at once; then from the passes over scores.
     const int calling = S::kBytes ? (count + S::kTile - 1) / S::kTile : count % S::kTile > 0;
     const int passes = (S::kBytes ? 3 : 2) * ((count + kPassQueries - 1) / kPassQueries);
-    Fetcher fetcher(ahead, int(layout.tile_bytes), (past - first) * (calling * 2 * dim / (W * kTileVectors) + passes));
+    Fetcher fetcher(block, int(layout.tile_bytes), (past - first) * (calling * 2 * dim / (W * kTileVectors) + passes));
     // Few queries make little of what they read: memory should be busy all the time.
     auto fetch = [&](const uint32_t* const* of, int t) {
-        if (ahead.fetched || S::kExpanded || count > S::kTile || t >= past) return;
+        if (block.fetched || S::kExpanded || count > S::kTile || t >= past) return;
         for (size_t byte = 0; byte < layout.plane_bytes; byte += 64) prefetch((const uint8_t*)of[t] + byte);
     };
     for (int t = first; t < past && t < first + kTileVectors; ++t) fetch(tiles.keys, t);

@@ -117,13 +117,15 @@ struct PyKvPool {
 };
 
 void copy_page(Pool& pool, const PyKvPool& kv, int source, int target) {
+    const KvLayout& layout = kv.pool->layout;
     for (int page : {source, target})
-        if (page < 0 || page >= kv.pool->pages) throw std::invalid_argument("page " + std::to_string(page) + " of a pool of " + std::to_string(kv.pool->pages));
+        if (page < 0 || page >= layout.pages) throw std::invalid_argument("page " + std::to_string(page) + " of a pool of " + std::to_string(layout.pages));
     nb::gil_scoped_release release;
     pool.submit([kv = kv.pool, source, target](Worker& worker) {
-        const size_t part = kv->layout.page_bytes;
-        for (int layer; (layer = worker.claim()) < kv->layers;)
-            std::memcpy(kv->page(target) + size_t(layer) * part, kv->page(source) + size_t(layer) * part, part);
+        const KvLayout& layout = kv->layout;
+        auto run = [&](int layer, int page, int kv_head) { return kv_tile(layout, kv->memory.data(), layer, page, kv_head, 0); };
+        for (int layer; (layer = worker.claim()) < layout.layers;)
+            for (int head = 0; head < layout.kv_heads; ++head) std::memcpy(run(layer, target, head), run(layer, source, head), layout.run_bytes);
     });
 }
 
@@ -387,7 +389,7 @@ class PyProgram {
     }
 
     void check_kv(const PyKvPool& kv, int layer, int k, int v) const {
-        expect(layer >= 0 && layer < kv.pool->layers, "layer of a KV pool", layer, kv.pool->layers);
+        expect(layer >= 0 && layer < kv.pool->layout.layers, "layer of a KV pool", layer, kv.pool->layout.layers);
         for (int slot : {k, v})
             if (slot >= 0) expect(width(slot) == kv.pool->layout.kv_heads * kv.pool->layout.head_dim, "key or value", width(slot), kv.pool->layout.kv_heads * kv.pool->layout.head_dim);
     }

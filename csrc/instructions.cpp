@@ -412,8 +412,7 @@ void KvWrite::run(Program& program, Step& step, Worker& worker) const {
     each_row(worker.rows, worker, [&](int row) {
         const int64_t slot = step.groups[size_t(group)].slots[size_t(row)];
         for (int head = 0; head < layout.kv_heads; ++head)
-            kernels.store(layout, kv_tile(layout, pool->layer(layer), slot, head), int(slot % layout.page_size) % kTile,
-                          program.slot(k).row(row) + head * layout.head_dim, program.slot(v).row(row) + head * layout.head_dim);
+            kernels.store(layout, pool->tile(layer, slot, head), int(slot % kTile), program.slot(k).row(row) + head * layout.head_dim, program.slot(v).row(row) + head * layout.head_dim);
     });
 }
 
@@ -460,10 +459,8 @@ struct Queries {
 class Lead {
   public:
     // `pages`: of chunk 0, and `width` further of the next.
-    Lead(const KvLayout& layout, uint8_t* cache, const int32_t* pages, int width, const std::vector<AttentionPlan::Unit>& units)
-        : layout_(layout), cache_(cache), pages_(pages), width_(width), units_(units) {}
-
-    const int32_t* pages(int chunk) const { return pages_ + size_t(chunk) * size_t(width_); }
+    Lead(const KvPool& pool, int layer, const int32_t* pages, int width, const std::vector<AttentionPlan::Unit>& units)
+        : layout_(pool.layout), cache_(pool.memory.data()), layer_(layer), pages_(pages), width_(width), units_(units) {}
 
     // The thread goes on with units first..past-1 and then `next`, or nobody knows yet what comes then where that is -1.
     void go_on(int first, int past, int next) {
@@ -471,63 +468,63 @@ class Lead {
         past_ = past, next_ = next;
     }
 
-    // Its next block has so many tiles: what to fetch meanwhile.
-    const Ahead& before(int tiles) {
-        ahead_.fetched = named_ >= read_ + tiles;
-        read_ += tiles;
-        while (named_ < read_ && name()) continue;
-        ahead_.count = 0;
-        while (ahead_.count < 2 * tiles && !enough()) {  // a short block has no time for many
-            const uint8_t* tile = name();
-            if (!tile) break;
-            ahead_.tiles[ahead_.count++] = tile;
-        }
-        return ahead_;
+    // The block that the thread reads next, which is of this unit.
+    KeyBlock block(const AttentionPlan::Unit& unit, int index) {
+        const int start = index * kSplit, first = std::max(unit.first - start, 0) / kTile, past = (std::min(unit.past - start, kSplit) + kTile - 1) / kTile;
+        std::copy(tiles_ + own_, tiles_ + named_, tiles_);
+        named_ -= own_, own_ = past - first;
+        const bool fetched = named_ >= own_;
+        while (named_ < own_) name();
+        const int before = named_;
+        while (named_ - before < 2 * own_ && !enough() && name()) continue;  // a short block has no time for many
+        return {start, first, past, tiles_, fetched, tiles_ + before, named_ - before};
     }
 
   private:
-    static constexpr int kLeast = 6, kBlock = kSplit / kTile;  // tiles
+    static constexpr int kBlock = kSplit / kTile, kLeast = 6;  // tiles
 
     // Whole blocks, and not too little. More would only leave the first-level cache before its turn comes.
-    bool enough() const { return named_ >= read_ + kLeast && (at_ == past_tile_ || at_ % kBlock == 0); }
+    bool enough() const { return named_ >= own_ + kLeast && (at_ == past_tile_ || at_ % kBlock == 0); }
 
     void begin(int unit) {
         const AttentionPlan::Unit& keys = units_[size_t(unit)];
         unit_ = unit, at_ = keys.first / kTile, past_tile_ = (keys.past - 1) / kTile + 1;
-        page_ = pages(keys.chunk) + keys.first / layout_.page_size, offset_ = keys.first % layout_.page_size / kTile * kTile;
+        page_ = pages_ + size_t(keys.chunk) * size_t(width_) + keys.first / layout_.page_size, offset_ = keys.first % layout_.page_size / kTile * kTile;
         find();
     }
 
-    void find() { tile_ = kv_tile(layout_, cache_, *page_, offset_, units_[size_t(unit_)].kv_head); }
+    void find() { tile_ = kv_tile(layout_, cache_, layer_, *page_, units_[size_t(unit_)].kv_head, offset_); }
 
-    // The next tile, if it is known.
-    const uint8_t* name() {
+    // Names one more, if it is known.
+    bool name() {
         while (at_ == past_tile_) {
             if (unit_ + 1 < past_)
                 begin(unit_ + 1);
             else if (next_ >= 0)
                 begin(next_), past_ = next_ + 1, next_ = -1;
             else
-                return nullptr;
+                return false;
         }
-        const uint8_t* tile = tile_;
-        tile_ += layout_.tile_bytes, offset_ += kTile, ++at_, ++named_;
+        tiles_[named_++] = tile_;
+        tile_ += layout_.tile_bytes, offset_ += kTile, ++at_;
         if (at_ < past_tile_ && offset_ == layout_.page_size) ++page_, offset_ = 0, find();
-        return tile;
+        return true;
     }
 
     const KvLayout& layout_;
     uint8_t* const cache_;
+    const int layer_;
     const int32_t* const pages_;
     const int width_;
     const std::vector<AttentionPlan::Unit>& units_;
+    const uint8_t* tiles_[2 * kBlock + kLeast];  // those of the block that is worked on, then later ones
+    int own_ = 0, named_ = 0;
+    // The unit whose tiles are named, and those that are known to follow.
     int unit_ = -1, past_ = 0, next_ = -1;
-    int at_ = 0, past_tile_ = 0;  // of the unit's tiles, the next, and the last plus one
+    int at_ = 0, past_tile_ = 0;  // of its tiles, the next, and the last plus one
     const uint8_t* tile_ = nullptr;
     const int32_t* page_ = nullptr;
     int offset_ = 0;  // in that page
-    int named_ = 0, read_ = 0;  // tiles, from the thread's first unit on
-    Ahead ahead_;
 };
 
 namespace {
@@ -540,8 +537,7 @@ void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan,
     Scratch& scratch = program.scratch(worker);
     kernels.prepare(call, queries.vectors, unit.count, scratch.attention);
     auto partial = [&](int block, float* out) {
-        const int tiles = (std::min(unit.past, (block + 1) * kSplit) + kTile - 1) / kTile - std::max(unit.first, block * kSplit) / kTile;
-        kernels.partial(call, queries.positions, unit.count, unit.kv_head, block, lead.before(tiles), scratch.attention, out);
+        kernels.partial(call, queries.positions, unit.count, lead.block(unit, block), scratch.attention, out);
     };
     auto merge = [&](const float* part, bool first) { kernels.merge(scratch.state, part, unit.count, layout.dim, first); };
     const int first_block = unit.first / kSplit;
@@ -578,7 +574,7 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     const int count = int(units.units.size());
     if (count == 0) return;
     const Step::Group& places = step.groups[size_t(group)];
-    Lead lead(pool->layout, pool->layer(layer), places.pages.data(), places.width, units.units);
+    Lead lead(*pool, layer, places.pages.data(), places.width, units.units);
     each_stretch(1, count, count, worker, [&](int, int first, int past, int next) {
         if (units.single) lead.go_on(first, past, next);
         for (int unit = first; unit < past; ++unit) {
@@ -597,7 +593,7 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
         key = changed;
     }
     const int64_t slot = step.groups[size_t(group)].slots[size_t(row)];
-    attention_kernels(program.isa, layout.type).store(layout, kv_tile(layout, pool->layer(layer), slot, kv_head), int(slot % layout.page_size) % kTile, key, value);
+    attention_kernels(program.isa, layout.type).store(layout, pool->tile(layer, slot, kv_head), int(slot % kTile), key, value);
 }
 
 void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead) const {
@@ -622,7 +618,7 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
     // With one row a chunk, the unit that has its newest key is the only one to read it.
     if (plan.single && k >= 0 && unit.past == queries.positions[0] + 1) write(program, step, worker, first_row, unit.kv_head);
 
-    const AttentionCall call{&layout, pool->layer(layer), lead.pages(unit.chunk), scale, window, softcap, slopes ? queries.slopes : nullptr};
+    const AttentionCall call{&layout, scale, window, softcap, slopes ? queries.slopes : nullptr};
     run_unit(program, worker, plan, unit, call, queries, lead);
 }
 
@@ -638,7 +634,7 @@ void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
         const int at = row - step.chunk_rows[size_t(chunk)];
         const int64_t slot = int64_t(first_page(chunk)) * kTile + at;
         for (int head = 0; head < layout.kv_heads; ++head)
-            kernels.store(layout, kv_tile(layout, keys->layer(0), slot, head), at % kTile, key_rows.row(row) + head * layout.head_dim,
+            kernels.store(layout, keys->tile(0, slot, head), at % kTile, key_rows.row(row) + head * layout.head_dim,
                           value_rows.row(row) + head * layout.head_dim);
     });
     worker.barrier();
@@ -653,8 +649,8 @@ void Bidirectional::run(Program& program, Step& step, Worker& worker) const {
             queries.results[j] = to.row(row) + head_at;
             queries.positions[j] = rows - 1;  // sees as far as the last row
         }
-        const AttentionCall call{&layout, keys->page(first_page(unit.chunk)), program.own_pages(), scale, 0, 0};
-        Lead lead(layout, call.cache, call.pages, 0, units.units);
+        const AttentionCall call{&layout, scale, 0, 0};
+        Lead lead(*keys, 0, program.own_pages() + first_page(unit.chunk), 0, units.units);
         lead.go_on(i, i + 1, -1);
         run_unit(program, worker, units, unit, call, queries, lead);
     }

@@ -140,7 +140,7 @@ int Program::need_routing(int chosen, int count) {
 void Program::need_attention(int dim) { attention_dim_ = std::max(attention_dim_, dim); }
 
 void Program::use_kv(int group, const KvPool& pool) {
-    group_slots_.at(size_t(group)) = int64_t(pool.pages) * pool.layout.page_size;
+    group_slots_.at(size_t(group)) = int64_t(pool.layout.pages) * pool.layout.page_size;
     page_sizes_.at(size_t(group)) = pool.layout.page_size;
 }
 
@@ -152,7 +152,7 @@ void Program::finish(SlotId hidden, SlotId output) {
     for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
     if (!own_keys_.empty()) {
         most_blocks = limits.rows / kSplit + 1;
-        own_pages_.resize(size_t(limits.rows / kTile) + 1);
+        own_pages_.resize(size_t(own_keys_[0]->layout.pages));
         std::iota(own_pages_.begin(), own_pages_.end(), 0);
     }
     for (size_t g = 0; g < limits.pages.size(); ++g) most_blocks = std::max(most_blocks, limits.pages[g] * page_sizes_[g] / kSplit + 1);

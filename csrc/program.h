@@ -40,16 +40,17 @@ struct Weight {
     const uint8_t* tile(int index) const { return matrix.data + size_t(index) * matrix.tile_bytes; }
 };
 
-// One KV group's pages: a page holds page_size tokens of all its layers.
+// One KV group's pages.
 struct KvPool {
     KvLayout layout;
-    int layers, pages;
     Memory memory;
 
     KvPool(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim)
-        : layout(kv_layout(type, layers, page_size, kv_heads, head_dim)), layers(layers), pages(pages), memory(layout.page_stride * size_t(pages)) {}
-    uint8_t* layer(int index) const { return memory.data() + size_t(index) * layout.page_bytes; }
-    uint8_t* page(int index) const { return memory.data() + size_t(index) * layout.page_stride; }
+        : layout(kv_layout(type, layers, pages, page_size, kv_heads, head_dim)), memory(layout.page_bytes * size_t(pages)) {}
+    // The tile of a slot (page * page_size + place in the page).
+    uint8_t* tile(int layer, int64_t slot, int kv_head) const {
+        return kv_tile(layout, memory.data(), layer, int(slot / layout.page_size), kv_head, int(slot % layout.page_size));
+    }
 };
 
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
