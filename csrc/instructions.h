@@ -162,9 +162,9 @@ struct HeadTransform {
     void apply(const Program& program, int row, int head_dim, const float* x, float* y) const;
 };
 
-// Attention, and before it what feeds it: norms and rotation of q and k, and the write of k and v.
 class Lead;
 
+// Attention, and before it what feeds it: norms and rotation of q and k, and the write of k and v.
 struct Attention : Instruction {
     std::shared_ptr<const KvPool> pool;
     int layer, group, plan, heads;
