@@ -329,6 +329,14 @@ def test_pages_are_copied_in_order(model: Model) -> None:
     assert program.logits([(0, 16, TOKENS[16:20])]).tobytes() != expected.tobytes()
 
 
+def test_pages_keep_to_themselves(model: Model) -> None:
+    """Eight sequences fill all pages, of which the last is alone in its group, and none writes over another's."""
+    texts = np.random.default_rng(6).integers(0, VOCAB, (8, 96)).tolist()
+    expected = [model.logits([(s, 0, text)])[-1] for s, text in enumerate(texts)]
+    for s, text in enumerate(texts):
+        assert model.logits([(s, 95, text[95:])]).tobytes() == expected[s].tobytes()
+
+
 @pytest.mark.parametrize(
     "chunks",
     [
