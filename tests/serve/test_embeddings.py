@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from tests.serve.harness import ServerProcess
+from tests.serve.harness import ServerProcess, until
 
 from headrace import LLM
 
@@ -133,12 +133,15 @@ def test_models_are_not_mixed_up(server: ServerProcess) -> None:
 
 
 def test_the_log_and_the_metrics_know(server: ServerProcess) -> None:
+    texts = ["Nobody else asks for so many."] * 7
     before = server.metric("prompt_tokens_total")
-    _, answer = embed(server, TEXTS)
+    _, answer = embed(server, texts)
     tokens = answer["usage"]["prompt_tokens"]
     assert server.metric("prompt_tokens_total") == before + tokens
-    lines = [line for line in server.logs() if line.get("path") == "/v1/embeddings" and line["status"] == 200]
-    assert lines[-1]["texts"] == 3 and lines[-1]["prompt_tokens"] == tokens and lines[-1]["model"] == "minilm"
+    # The line follows the answer.
+    (line,) = until(lambda: [line for line in server.logs() if line.get("texts") == len(texts)])
+    assert line["path"] == "/v1/embeddings" and line["status"] == 200
+    assert line["prompt_tokens"] == tokens and line["model"] == "minilm"
 
 
 def test_a_dead_process_is_replaced_under_requests(server: ServerProcess, llm: LLM) -> None:

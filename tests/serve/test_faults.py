@@ -7,11 +7,10 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.serve.harness import ServerProcess
+from tests.serve.harness import ServerProcess, until
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -268,13 +267,6 @@ def long_request(stream: bool, tokens: int = 500, prompt: int = 3, **more: Any) 
     return post_head(len(data)) + data
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("phase", ["in the queue", "in prefill", "mid-stream"])
 def test_a_client_that_leaves_stops_its_work(tiny_server: ServerProcess, stream: bool, phase: str) -> None:
@@ -313,7 +305,7 @@ def test_a_client_that_never_reads_is_given_up(tiny_server: ServerProcess) -> No
     memory = tiny_server.memory()
     time.sleep(0.5)
     assert tiny_server.post(*completion())[0] in (200, 429)
-    wait_for(lambda: tiny_server.descriptors() <= descriptors, 15)
+    until(lambda: tiny_server.descriptors() <= descriptors, 15)
     assert tiny_server.memory() < memory + 60e6
     for one in sockets:
         one.close()
@@ -385,7 +377,7 @@ def test_pages_run_out_and_all_are_served(tiny_server: ServerProcess) -> None:
 
 def test_nothing_is_left_after_all_of_this(tiny_server: ServerProcess) -> None:
     tiny_server.wait_idle()
-    wait_for(lambda: tiny_server.descriptors() < 40)
+    until(lambda: tiny_server.descriptors() < 40)
     assert tiny_server.metric("engine_restarts_total") == 0
     failed = [line for line in tiny_server.logs() if line["level"] == "error"]
     assert not failed, failed[:3]

@@ -14,12 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serve.harness import ServerProcess
+from tests.serve.harness import ServerProcess, until
 
 from headrace.errors import ConfigError
 from headrace.serve.keys import Keys
@@ -36,13 +35,6 @@ def serve(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # -- the start ---------------------------------------------------------------------------------------------------------
@@ -155,7 +147,7 @@ def test_a_request_s_line_in_the_log(server: ServerProcess) -> None:
     response.read()
     request_id = response.headers["x-request-id"]
     assert request_id != "forged" and len(request_id) == 24
-    wait_for(lambda: any(line.get("id") == request_id for line in server.logs()))
+    until(lambda: any(line.get("id") == request_id for line in server.logs()))
     (line,) = [line for line in server.logs() if line.get("id") == request_id]
     assert (
         line["status"] == 200 and line["generated"] == 2 and line["total_ms"] > 0 and line["path"] == "/v1/completions"
@@ -227,12 +219,12 @@ def test_keys_are_read_again(locked: Any) -> None:
     server, folder, _ = locked
     (folder / "keys").write_text(f"{ALICE}\n{BOB}\n")
     server.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: server.call("GET", "/v1/models", headers=bearer(BOB))[0] == 200, 5)
+    until(lambda: server.call("GET", "/v1/models", headers=bearer(BOB))[0] == 200, 5)
     (folder / "keys").write_text("")  # not usable: the keys of before stay
     time.sleep(1.3)
     assert server.call("GET", "/v1/models", headers=bearer(BOB))[0] == 200
     (folder / "keys").write_text(f"{ALICE}\n")  # without a signal
-    wait_for(lambda: server.call("GET", "/v1/models", headers=bearer(BOB))[0] == 401, 5)
+    until(lambda: server.call("GET", "/v1/models", headers=bearer(BOB))[0] == 401, 5)
     assert server.call("GET", "/v1/models", headers=bearer(ALICE))[0] == 200
 
 
@@ -349,7 +341,7 @@ def test_descriptors_run_out_and_come_back(tiny_model: str, tmp_path: Path) -> N
         time.sleep(0.3)
         for one in sockets:
             one.close()
-        wait_for(lambda: _status(server) == 200, 15)
+        until(lambda: _status(server) == 200, 15)
 
 
 def _status(server: ServerProcess) -> int:
@@ -365,7 +357,7 @@ def test_too_many_connections_are_told(tiny_model: str, tmp_path: Path) -> None:
         assert server.raw(b"").startswith(b"HTTP/1.1 503")
         for one in sockets:
             one.close()
-        wait_for(lambda: _status(server) == 200)
+        until(lambda: _status(server) == 200)
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -395,10 +387,10 @@ def test_sigterm_drains(smollm2: Path, tmp_path: Path) -> None:
     streams = [Long(server, 80) for _ in range(3)]
     for stream in streams:
         stream.start()
-    wait_for(lambda: all(len(stream.events) > 2 for stream in streams))
+    until(lambda: all(len(stream.events) > 2 for stream in streams))
     idle = socket.create_connection(("127.0.0.1", server.port))
     server.process.send_signal(signal.SIGTERM)
-    wait_for(lambda: server.call("GET", "/ready")[1].get("status") == "draining")
+    until(lambda: server.call("GET", "/ready")[1].get("status") == "draining")
     status, answer = server.post("/v1/completions", SHORT)
     assert status == 503 and answer["error"]["code"] == "shutting_down"
     for stream in streams:
@@ -413,7 +405,7 @@ def test_a_second_sigterm_aborts(smollm2: Path, tmp_path: Path) -> None:
     server = ServerProcess(str(smollm2), log=tmp_path / "log")
     stream = Long(server, 5000)
     stream.start()
-    wait_for(lambda: len(stream.events) > 2)
+    until(lambda: len(stream.events) > 2)
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert server.process.poll() is None
@@ -428,9 +420,7 @@ def test_the_engine_does_not_outlive_a_killed_server(tiny_model: str, tmp_path: 
     server = ServerProcess(tiny_model, log=tmp_path / "log")
     engine = server.engine_pids()[0]
     server.stop(signal.SIGKILL)
-    wait_for(
-        lambda: not os.path.exists(f"/proc/{engine}") or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2]
-    )
+    until(lambda: not os.path.exists(f"/proc/{engine}") or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2])
 
 
 def test_two_models_behind_one_server(tiny_model: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.serve.harness import ServerProcess
+from tests.serve.harness import ServerProcess, until
 from tests.serve.test_recovery import Client, all_streams, meaning, wait_for_events
 from tests.serve.test_web import DASHBOARD, OF_STAGES
 
@@ -66,14 +66,6 @@ def quiet(tiny_model: str) -> list[list[int]]:
                                                          temperature=job["temperature"]))[0].samples[0].token_ids
             for job in JOBS
         ]  # fmt: skip
-
-
-def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to this"
-        time.sleep(0.005)
-    return found
 
 
 def replicas(server: ServerProcess) -> list[dict[str, Any]]:
