@@ -164,12 +164,13 @@ void prepare(const AttentionCall& call, const float* const* q, int count, uint8_
 // ---- reading ahead
 
 // Fetches what later blocks read, evenly over this one's work: memory is busy while the core computes, and a core drops what it is asked for
-// faster than memory gives. The last tile comes first: its unit begins with writing a key to it.
+// faster than memory gives. The last tile comes first: where a unit ends with it, that unit begins with writing a key to it, and a store to what
+// is on its way holds up those after it.
 class Fetcher {
   public:
     // `calls`: how often some() will be called, about.
     Fetcher(const KeyBlock& block, int tile_bytes, int calls) : next_(block.later), end_(block.later + block.later_count), all_(tile_bytes) {
-        step_ = int(int64_t(block.later_count) * tile_bytes / calls) + 1;
+        step_ = int(int64_t(block.later_count) * tile_bytes / calls) + (block.later_count > 0);
         if (next_ != end_) tile_ = *--end_, bytes_ = all_;
     }
 
@@ -198,10 +199,10 @@ class Fetcher {
 
     const uint8_t *const *next_, *const *end_;
     int all_;
-    const uint8_t* tile_;
+    const uint8_t* tile_ = nullptr;
     // Of the tile's bytes: what is asked for next, what should have been by now, what a call adds (not only whole lines), all. Those of no tile
     // never end.
-    int at_ = 0, due_ = 0, step_, bytes_ = INT_MAX;
+    int at_ = 0, due_ = 0, step_ = 0, bytes_ = INT_MAX;
 };
 
 // ---- products
