@@ -40,7 +40,8 @@ constexpr int kPageGroup = 8;
 
 // The tile of the tokens from `offset` on in a page.
 inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int layer, int page, int kv_head, int offset) {
-    const int first = page / kPageGroup * kPageGroup, run = (layer * layout.kv_heads + kv_head) * std::min(kPageGroup, layout.pages - first) + page - first;
+    const int first = page / kPageGroup * kPageGroup, together = std::min(kPageGroup, layout.pages - first);
+    const int run = (layer * layout.kv_heads + kv_head) * together + page - first;
     return cache + size_t(first) * layout.page_bytes + size_t(run) * layout.run_bytes + size_t(offset / kTile) * layout.tile_bytes;
 }
 

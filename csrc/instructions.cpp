@@ -412,7 +412,8 @@ void KvWrite::run(Program& program, Step& step, Worker& worker) const {
     each_row(worker.rows, worker, [&](int row) {
         const int64_t slot = step.groups[size_t(group)].slots[size_t(row)];
         for (int head = 0; head < layout.kv_heads; ++head)
-            kernels.store(layout, pool->tile(layer, slot, head), int(slot % kTile), program.slot(k).row(row) + head * layout.head_dim, program.slot(v).row(row) + head * layout.head_dim);
+            kernels.store(layout, pool->tile(layer, slot, head), int(slot % kTile), program.slot(k).row(row) + head * layout.head_dim,
+                          program.slot(v).row(row) + head * layout.head_dim);
     });
 }
 

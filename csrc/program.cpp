@@ -55,7 +55,7 @@ void AttentionPlan::build(const Step& step, const Worker& worker, int max_partia
                 }
                 joins.push_back({partials, first_block, blocks});
                 partials += blocks;
-                for (int i = 0, block = first_block; i < blocks; ++i, ++block)
+                for (int block = first_block; block * kSplit < past; ++block)
                     units.push_back({c, head, first, count, std::max(seen, block * kSplit), std::min(past, (block + 1) * kSplit), int(joins.size()) - 1});
             }
         }

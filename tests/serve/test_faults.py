@@ -377,7 +377,7 @@ def test_pages_run_out_and_all_are_served(tiny_server: ServerProcess) -> None:
 
 def test_nothing_is_left_after_all_of_this(tiny_server: ServerProcess) -> None:
     tiny_server.wait_idle()
-    until(lambda: tiny_server.descriptors() < 40)
+    until(lambda: tiny_server.descriptors() < 40, 10)
     assert tiny_server.metric("engine_restarts_total") == 0
     failed = [line for line in tiny_server.logs() if line["level"] == "error"]
     assert not failed, failed[:3]

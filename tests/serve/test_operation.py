@@ -147,7 +147,7 @@ def test_a_request_s_line_in_the_log(server: ServerProcess) -> None:
     response.read()
     request_id = response.headers["x-request-id"]
     assert request_id != "forged" and len(request_id) == 24
-    until(lambda: any(line.get("id") == request_id for line in server.logs()))
+    until(lambda: any(line.get("id") == request_id for line in server.logs()), 10)
     (line,) = [line for line in server.logs() if line.get("id") == request_id]
     assert (
         line["status"] == 200 and line["generated"] == 2 and line["total_ms"] > 0 and line["path"] == "/v1/completions"
@@ -357,7 +357,7 @@ def test_too_many_connections_are_told(tiny_model: str, tmp_path: Path) -> None:
         assert server.raw(b"").startswith(b"HTTP/1.1 503")
         for one in sockets:
             one.close()
-        until(lambda: _status(server) == 200)
+        until(lambda: _status(server) == 200, 10)
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -387,10 +387,10 @@ def test_sigterm_drains(smollm2: Path, tmp_path: Path) -> None:
     streams = [Long(server, 80) for _ in range(3)]
     for stream in streams:
         stream.start()
-    until(lambda: all(len(stream.events) > 2 for stream in streams))
+    until(lambda: all(len(stream.events) > 2 for stream in streams), 10)
     idle = socket.create_connection(("127.0.0.1", server.port))
     server.process.send_signal(signal.SIGTERM)
-    until(lambda: server.call("GET", "/ready")[1].get("status") == "draining")
+    until(lambda: server.call("GET", "/ready")[1].get("status") == "draining", 10)
     status, answer = server.post("/v1/completions", SHORT)
     assert status == 503 and answer["error"]["code"] == "shutting_down"
     for stream in streams:
@@ -405,7 +405,7 @@ def test_a_second_sigterm_aborts(smollm2: Path, tmp_path: Path) -> None:
     server = ServerProcess(str(smollm2), log=tmp_path / "log")
     stream = Long(server, 5000)
     stream.start()
-    until(lambda: len(stream.events) > 2)
+    until(lambda: len(stream.events) > 2, 10)
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert server.process.poll() is None
@@ -420,7 +420,9 @@ def test_the_engine_does_not_outlive_a_killed_server(tiny_model: str, tmp_path: 
     server = ServerProcess(tiny_model, log=tmp_path / "log")
     engine = server.engine_pids()[0]
     server.stop(signal.SIGKILL)
-    until(lambda: not os.path.exists(f"/proc/{engine}") or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2])
+    until(
+        lambda: not os.path.exists(f"/proc/{engine}") or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2], 10
+    )
 
 
 def test_two_models_behind_one_server(tiny_model: str, tmp_path: Path) -> None:
