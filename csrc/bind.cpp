@@ -526,6 +526,7 @@ NB_MODULE(_native, m) {
             new (self) Pool(threads);
         }, "threads"_a)
         .def_prop_ro("threads", &Pool::threads)
+        .def_prop_rw("distance", &Pool::distance, &Pool::set_distance)
         .def("ring", &Pool::ring, "eventfd"_a)
         .def("rest", &Pool::rest)
         .def("wait", [](Pool& pool) { pool.run([](Worker&) {}); }, nb::call_guard<nb::gil_scoped_release>());
@@ -562,6 +563,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("failed", [](const PyTicket& t) { return t.step->failed.load(); })
         .def_prop_ro("reduces", [](const PyTicket& t) { return std::make_tuple(t.step->reductions, t.step->posted_bytes, t.step->waited); })
         .def_prop_ro("led", [](const PyTicket& t) { return t.step->led; })
+        .def_prop_ro("apart", [](const PyTicket& t) { return !t.step->shares.empty(); })
         .def_prop_ro("started", [](const PyTicket& t) { return t.step->started; })
         .def_prop_ro("ended", [](const PyTicket& t) { return t.step->ended; });
     nb::class_<PyProgram>(m, "Program")

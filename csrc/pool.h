@@ -61,6 +61,8 @@ class Worker {
 
   private:
     friend class Pool;
+    // The meeting at a job's end. One of those that wait for the last notes whether they heard of it late.
+    void meet_at_end(uint32_t ticket);
     // A job was done, of which other threads now carry the news on.
     void note_done();
     void give_way();
@@ -95,6 +97,9 @@ class Pool {
     void run(Job job) { wait(submit(std::move(job))); }
     // From now on adds one to this eventfd when a job is done: for hosts that wait for other things too.
     void ring(int eventfd) { bell_.store(eventfd, std::memory_order_relaxed); }
+    // Of the last jobs, the share at whose ends one thread saw another's store late: their cores share no cache, or others want them.
+    float distance() const { return distance_.load(std::memory_order_relaxed); }
+    void set_distance(float share) { distance_.store(share, std::memory_order_relaxed); }
 
   private:
     friend class Worker;
@@ -127,6 +132,9 @@ class Pool {
     alignas(64) std::atomic<uint32_t> away_{0};  // 1: the first thread is, or may be in the next job
     bool begins_away_ = false;                   // of the job that runs; written before it, by the first thread
     bool is_back_ = false;                       // written by the last of the others at their gate
+    int last_ = 0;                               // who came last to a job's end, and when
+    std::chrono::steady_clock::time_point last_came_;
+    std::atomic<float> distance_{0};
     const bool crowded_;                         // no core is left for the host
     std::atomic<bool> stopping_{false};
     std::atomic<int> bell_{-1};

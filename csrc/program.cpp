@@ -349,7 +349,7 @@ void Program::share_out(Step& step) const {
     const int cut = halved ? rows / 2 / 16 * 16 : rows;
     step.halves = {{0, cut}};
     if (halved) step.halves.push_back({cut, rows});
-    const bool pays = row_cost_ <= kLargeProduct && cut >= kShareRows * threads;
+    const bool pays = row_cost_ <= kLargeProduct && cut >= (pool.distance() > kFar ? kFarShareRows : kShareRows) * threads;
     if (!parts_ || !pays || (threads == 1 && !halved)) return;
     double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)

@@ -56,8 +56,10 @@ struct KvPool {
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
 constexpr int kPrivateRows = 2;
 // With so many rows for each thread, every thread takes its own through all layers: each then reads and unpacks all weights, but what it
-// computes stays in its own caches, and it waits for nobody. Large products last so much longer than a wait that it never pays.
-constexpr int kShareRows = 16;
+// computes stays in its own caches, and it waits for nobody: that pays much sooner where the threads are far from each other. Large products
+// last so much longer than a wait that it never pays.
+constexpr int kShareRows = 24, kFarShareRows = 5;
+constexpr float kFar = 0.4;  // of Pool::distance(): threads are far if many pairs of them are
 constexpr double kLargeProduct = 4e6;  // operations for a row, as an instruction's average
 // An instruction's average operations in steps that may begin without the first thread: the others wait for the end of one for it to come.
 constexpr double kLedCost = 1.3e8;

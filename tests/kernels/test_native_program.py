@@ -165,9 +165,21 @@ def test_logits_do_not_depend_on_the_batch(model: Model, threads: int, dtype: st
         other.logits([(2, 5, [1, 2, 3]), (1, 34, TOKENS[34:])])[3:],
     ]
     assert np.concatenate(parts).tobytes() == whole.tobytes()
-    assert other.logits([(4, 0, TOKENS)]).tobytes() == whole.tobytes()  # with 16 rows a thread, each takes its own
+    assert other.logits([(4, 0, TOKENS)]).tobytes() == whole.tobytes()
     mixed = other.logits([(5, 0, TOKENS[:1]), (6, 0, TOKENS[:25]), (7, 0, TOKENS[:30])])
     assert mixed[26:].tobytes() == whole[:30].tobytes() and mixed[1:26].tobytes() == whole[:25].tobytes()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize(("distance", "least"), [(0.0, 24), (1.0, 5)])
+def test_threads_that_are_far_from_each_other_work_apart_sooner(threads: int, distance: float, least: int) -> None:
+    whole, model = build(ISAS[0], 1).logits([(0, 0, TOKENS)]), build(ISAS[0], threads)
+    for rows in (least * threads - 1, least * threads):
+        model.ops._pool.distance = distance
+        first, second = rows // 2, rows - rows // 2
+        ticket = model.step([(1, 0, TOKENS[:first]), (2, 0, TOKENS[:second])])
+        assert ticket.result()[1].tobytes() == whole[:first].tobytes() + whole[:second].tobytes()
+        assert ticket.apart == (rows == least * threads)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -161,6 +161,11 @@ class Ticket:
         return self._ticket.led
 
     @property
+    def apart(self) -> bool:
+        """Whether each thread took rows of its own through all layers."""
+        return self._ticket.apart
+
+    @property
     def reduces(self) -> tuple[int, int, float]:
         """Of a rank's step: reductions, bytes given to the other ranks (tokens and logits included), and seconds of
         waiting for theirs. To be read after `result`."""
