@@ -13,14 +13,10 @@ HEADRACE_DECLARE(avx2)
 HEADRACE_DECLARE(avx512)
 #endif
 
-KvLayout kv_layout(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim) {
+KvLayout::KvLayout(KvType type, int head_dim) : type(type), head_dim(head_dim), dim((head_dim + 15) / 16 * 16) {
     constexpr int element_bytes[] = {4, 2, 2, 1};
-    KvLayout layout{type, layers, pages, page_size, kv_heads, head_dim, (head_dim + 15) / 16 * 16, 0, 0, 0, 0};
-    layout.plane_bytes = size_t(layout.dim) * kTile * size_t(element_bytes[int(type)]);
-    layout.tile_bytes = 2 * layout.plane_bytes + (type == KvType::i8 ? 2 * kTile * sizeof(float) : 0);
-    layout.run_bytes = layout.tile_bytes * size_t(page_size / kTile);
-    layout.page_bytes = layout.run_bytes * size_t(layers) * size_t(kv_heads);
-    return layout;
+    plane_bytes = size_t(dim) * kTile * size_t(element_bytes[int(type)]);
+    tile_bytes = 2 * plane_bytes + (type == KvType::i8 ? 2 * kTile * sizeof(float) : 0);
 }
 
 const AttentionKernels& attention_kernels(Isa isa, KvType type) {

@@ -9,7 +9,6 @@
 // steps of its greatest value / 65535, and the products are sums of integers; no scale, and no such greatest value, is below 2^-100.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -24,26 +23,16 @@ constexpr int kMaxHeadDim = 512;
 
 enum class KvType : uint8_t { f32, f16, bf16, i8 };
 
-// A page holds, per layer and KV head, page_size / 16 tiles of 16 tokens. A tile: keys [head_dim / w][16][w], values [16 / w][head_dim][w] with
-// w = 1 element (float32, float16), 2 (bfloat16) or 4 (int8) to a word; for int8 (keys: code + 128), then 16 float scales of keys and 16 of
-// values. Pages lie in groups of kPageGroup: [group][layer][KV head][page], so that neighbours' tiles of a layer and head are one long read.
+// A tile of 16 tokens: keys [head_dim / w][16][w], values [16 / w][head_dim][w] with w = 1 element (float32, float16), 2 (bfloat16) or 4 (int8)
+// to a word; for int8 (keys: code + 128), then 16 float scales of keys and 16 of values.
 struct KvLayout {
     KvType type;
-    int layers, pages, page_size, kv_heads, head_dim;
+    int head_dim;
     int dim;  // head_dim padded to 16; padding stays 0
     size_t plane_bytes, tile_bytes;
-    size_t run_bytes;   // of a page, in one layer of one KV head
-    size_t page_bytes;  // of a page
-};
-KvLayout kv_layout(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim);
-constexpr int kPageGroup = 8;
 
-// The tile of the tokens from `offset` on in a page.
-inline uint8_t* kv_tile(const KvLayout& layout, uint8_t* cache, int layer, int page, int kv_head, int offset) {
-    const int first = page / kPageGroup * kPageGroup, together = std::min(kPageGroup, layout.pages - first);
-    const int run = (layer * layout.kv_heads + kv_head) * together + page - first;
-    return cache + size_t(first) * layout.page_bytes + size_t(run) * layout.run_bytes + size_t(offset / kTile) * layout.tile_bytes;
-}
+    KvLayout(KvType type, int head_dim);
+};
 
 // Attention of one layer, for one chunk.
 struct AttentionCall {

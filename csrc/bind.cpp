@@ -117,15 +117,12 @@ struct PyKvPool {
 };
 
 void copy_page(Pool& pool, const PyKvPool& kv, int source, int target) {
-    const KvLayout& layout = kv.pool->layout;
     for (int page : {source, target})
-        if (page < 0 || page >= layout.pages) throw std::invalid_argument("page " + std::to_string(page) + " of a pool of " + std::to_string(layout.pages));
+        if (page < 0 || page >= kv.pool->pages) throw std::invalid_argument("page " + std::to_string(page) + " of a pool of " + std::to_string(kv.pool->pages));
     nb::gil_scoped_release release;
     pool.submit([kv = kv.pool, source, target](Worker& worker) {
-        const KvLayout& layout = kv->layout;
-        auto run = [&](int layer, int page, int kv_head) { return kv_tile(layout, kv->memory.data(), layer, page, kv_head, 0); };
-        for (int layer; (layer = worker.claim()) < layout.layers;)
-            for (int head = 0; head < layout.kv_heads; ++head) std::memcpy(run(layer, target, head), run(layer, source, head), layout.run_bytes);
+        for (int layer; (layer = worker.claim()) < kv->layers;)
+            for (int head = 0; head < kv->kv_heads; ++head) std::memcpy(kv->tile(layer, head, target, 0), kv->tile(layer, head, source, 0), kv->run_bytes);
     });
 }
 
@@ -266,7 +263,7 @@ class PyProgram {
                    float scale, int window, float softcap, std::optional<Vector<float>> slopes, int out) {
         auto instruction = std::make_unique<Attention>();
         const KvLayout& layout = kv.pool->layout;
-        expect(heads % layout.kv_heads == 0, "query heads", heads, layout.kv_heads);
+        expect(heads % kv.pool->kv_heads == 0, "query heads", heads, kv.pool->kv_heads);
         expect(width(q) == heads * layout.head_dim && width(out) == width(q), "query width", width(q), heads * layout.head_dim);
         check_kv(kv, layer, k, v);
         instruction->pool = kv.pool, instruction->layer = layer, instruction->group = group, instruction->heads = heads;
@@ -277,7 +274,7 @@ class PyProgram {
             instruction->slopes = program_->keep(copy(*slopes));
         }
         instruction->scale = scale, instruction->window = window, instruction->softcap = softcap, instruction->out = out;
-        instruction->plan = program_->plan(group, heads, layout.kv_heads, window);
+        instruction->plan = program_->plan(group, heads, kv.pool->kv_heads, window);
         program_->use_kv(group, *kv.pool);
         program_->need_attention(layout.dim);
         program_->add(std::move(instruction));
@@ -389,9 +386,9 @@ class PyProgram {
     }
 
     void check_kv(const PyKvPool& kv, int layer, int k, int v) const {
-        expect(layer >= 0 && layer < kv.pool->layout.layers, "layer of a KV pool", layer, kv.pool->layout.layers);
+        expect(layer >= 0 && layer < kv.pool->layers, "layer of a KV pool", layer, kv.pool->layers);
         for (int slot : {k, v})
-            if (slot >= 0) expect(width(slot) == kv.pool->layout.kv_heads * kv.pool->layout.head_dim, "key or value", width(slot), kv.pool->layout.kv_heads * kv.pool->layout.head_dim);
+            if (slot >= 0) expect(width(slot) == kv.pool->kv_heads * kv.pool->layout.head_dim, "key or value", width(slot), kv.pool->kv_heads * kv.pool->layout.head_dim);
     }
 
     // A function of `n` values.
@@ -543,7 +540,7 @@ NB_MODULE(_native, m) {
                                             std::to_string(kMaxHeadDim) + " (got " + std::to_string(head_dim) + ")");
             new (self) PyKvPool{std::make_shared<KvPool>(kv_type_by_name(dtype), layers, pages, page_size, kv_heads, head_dim)};
         })
-        .def_prop_ro("kv_heads", [](const PyKvPool& kv) { return kv.pool->layout.kv_heads; })
+        .def_prop_ro("kv_heads", [](const PyKvPool& kv) { return kv.pool->kv_heads; })
         .def_prop_ro("nbytes", [](const PyKvPool& kv) { return kv.pool->memory.bytes(); })
         .def("copy_page", [](const PyKvPool& kv, Pool& pool, int source, int target) { copy_page(pool, kv, source, target); });
     nb::class_<Group>(m, "Group")

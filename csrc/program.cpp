@@ -125,7 +125,7 @@ void Program::need_activations(int times, const std::vector<Recipe>& recipes, in
 
 std::shared_ptr<KvPool> Program::own_keys(int kv_heads, int head_dim) {
     for (const std::shared_ptr<KvPool>& pool : own_keys_)
-        if (pool->layout.kv_heads == kv_heads && pool->layout.head_dim == head_dim) return pool;
+        if (pool->kv_heads == kv_heads && pool->layout.head_dim == head_dim) return pool;
     own_keys_.push_back(std::make_shared<KvPool>(KvType::f32, 1, limits.rows / kTile + limits.chunks, kTile, kv_heads, head_dim));
     return own_keys_.back();
 }
@@ -140,8 +140,8 @@ int Program::need_routing(int chosen, int count) {
 void Program::need_attention(int dim) { attention_dim_ = std::max(attention_dim_, dim); }
 
 void Program::use_kv(int group, const KvPool& pool) {
-    group_slots_.at(size_t(group)) = int64_t(pool.layout.pages) * pool.layout.page_size;
-    page_sizes_.at(size_t(group)) = pool.layout.page_size;
+    group_slots_.at(size_t(group)) = int64_t(pool.pages) * pool.page_size;
+    page_sizes_.at(size_t(group)) = pool.page_size;
 }
 
 void Program::finish(SlotId hidden, SlotId output) {
@@ -152,7 +152,7 @@ void Program::finish(SlotId hidden, SlotId output) {
     for (const Slot& slot : slots_) widest = std::max(widest, slot.width);
     if (!own_keys_.empty()) {
         most_blocks = limits.rows / kSplit + 1;
-        own_pages_.resize(size_t(own_keys_[0]->layout.pages));
+        own_pages_.resize(size_t(own_keys_[0]->pages));
         std::iota(own_pages_.begin(), own_pages_.end(), 0);
     }
     for (size_t g = 0; g < limits.pages.size(); ++g) most_blocks = std::max(most_blocks, limits.pages[g] * page_sizes_[g] / kSplit + 1);

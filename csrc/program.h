@@ -16,11 +16,10 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
 #include "elementwise.h"
 #include "group.h"
+#include "kv_pool.h"
 #include "matrix.h"
-#include "memory.h"
 #include "pool.h"
 #include "sampling.h"
 
@@ -38,19 +37,6 @@ struct Weight {
     std::shared_ptr<Memory> memory;
 
     const uint8_t* tile(int index) const { return matrix.data + size_t(index) * matrix.tile_bytes; }
-};
-
-// One KV group's pages.
-struct KvPool {
-    KvLayout layout;
-    Memory memory;
-
-    KvPool(KvType type, int layers, int pages, int page_size, int kv_heads, int head_dim)
-        : layout(kv_layout(type, layers, pages, page_size, kv_heads, head_dim)), memory(layout.page_bytes * size_t(pages)) {}
-    // The tile of a slot (page * page_size + place in the page).
-    uint8_t* tile(int layer, int64_t slot, int kv_head) const {
-        return kv_tile(layout, memory.data(), layer, int(slot / layout.page_size), kv_head, int(slot % layout.page_size));
-    }
 };
 
 // Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
