@@ -49,15 +49,20 @@ void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const tim
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
 }
 
-int cores() {
+// The cores that this process may use, if so many threads leave none of them to the host.
+std::vector<int> homes(int threads) {
     cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : INT_MAX;
+    if (threads == 1 || sched_getaffinity(0, sizeof set, &set) != 0 || threads < CPU_COUNT(&set)) return {};
+    std::vector<int> cores;
+    for (int core = 0; core < CPU_SETSIZE; ++core)
+        if (CPU_ISSET(core, &set)) cores.push_back(core);
+    return cores;
 }
 
 }  // namespace
 
 template <class F>
-void Pool::Gate::pass(int threads, int spins, F last) {
+bool Pool::Gate::pass(int threads, int spins, F last) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
         arrived_.store(0, std::memory_order_relaxed);
@@ -65,16 +70,19 @@ void Pool::Gate::pass(int threads, int spins, F last) {
         // In one order with what a sleeper does: either it sees the phase, or it is seen.
         phase_.store(phase + 1, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst)) futex(phase_, FUTEX_WAKE_PRIVATE, INT_MAX);
-        return;
+        return false;
     }
     for (; spins > 0; --spins) {
-        if (phase_.load(std::memory_order_acquire) != phase) return;
+        if (phase_.load(std::memory_order_acquire) != phase) return false;
         pause_cpu();
     }
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     while (phase_.load(std::memory_order_seq_cst) == phase) futex(phase_, FUTEX_WAIT_PRIVATE, phase);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    return true;
 }
+
+Worker::Worker(Pool& pool, int index) : index(index), pool_(pool), home_(pool.homes_.empty() ? -1 : pool.homes_[size_t(index) % pool.homes_.size()]), first_(index) {}
 
 int Worker::count() const { return team_ == Team::all ? pool_.threads() : team_ == Team::alone ? 1 : pool_.threads() - 1; }
 
@@ -93,10 +101,11 @@ void Worker::barrier() {
     if (team_ == Team::all) {
         meet();
     } else if (team_ == Team::others) {
-        pool_.others_.pass(count(), kSpins, [&] {
+        const bool slept = pool_.others_.pass(count(), kSpins, [&] {
             pool_.next_piece_.store(count(), std::memory_order_relaxed);
             pool_.is_back_ = pool_.away_.load(std::memory_order_relaxed) == 0;
         });
+        if (slept) go_home();
     }
     if (carried_) give_way();
 }
@@ -107,7 +116,16 @@ void Worker::meet_woken() { meet(kSpinsOfWoken); }
 
 void Worker::meet(int spins) {
     first_ = index - first_of_team();
-    pool_.all_.pass(pool_.threads(), spins, [&] { pool_.next_piece_.store(pool_.threads(), std::memory_order_relaxed); });
+    if (pool_.all_.pass(pool_.threads(), spins, [&] { pool_.next_piece_.store(pool_.threads(), std::memory_order_relaxed); })) go_home();
+}
+
+void Worker::go_home() const {
+    if (home_ < 0 || sched_getcpu() == home_) return;
+    cpu_set_t all, home;
+    CPU_ZERO(&home);
+    CPU_SET(home_, &home);
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || !CPU_ISSET(home_, &all)) return;
+    if (sched_setaffinity(0, sizeof home, &home) == 0) sched_setaffinity(0, sizeof all, &all);
 }
 
 bool Worker::first_is_away() const { return pool_.begins_away_; }
@@ -125,16 +143,18 @@ void Worker::stay_away() {
         futex(pool_.away_, FUTEX_WAIT_PRIVATE, 1, &timeout);
     }
     pool_.away_.store(0, std::memory_order_relaxed);
+    go_home();
 }
 
 void Worker::meet_at_end(uint32_t ticket) {
     const int threads = pool_.threads();
-    pool_.all_.pass(threads, kSpins, [&] {
+    const bool slept = pool_.all_.pass(threads, kSpins, [&] {
         pool_.next_piece_.store(threads, std::memory_order_relaxed);
         pool_.last_ = index, pool_.last_came_ = std::chrono::steady_clock::now();
     });
     const auto seen = std::chrono::steady_clock::now();
     first_ = index - first_of_team();
+    if (slept) return go_home();
     if (threads == 1 || index != (pool_.last_ + 1 + int(ticket % uint32_t(threads - 1))) % threads) return;
     const float late = seen - pool_.last_came_ > kLate, before = pool_.distance();
     pool_.distance_.store(before + (late - before) / kJobsOfDistance, std::memory_order_relaxed);
@@ -154,7 +174,7 @@ void Worker::give_way() {
     carried_ = start < carried_until_;
 }
 
-Pool::Pool(int threads) : next_piece_(threads), crowded_(threads > 1 && threads >= cores()) {
+Pool::Pool(int threads) : next_piece_(threads), homes_(homes(threads)) {
     threads_.reserve(size_t(threads));
     // Workers ask for the number of threads, so none may run before all are there: the first job's ticket holds them.
     for (int index = 0; index < threads; ++index) threads_.emplace_back([this, index] { work(index); });
@@ -184,7 +204,7 @@ uint32_t Pool::submit(Job job) {
 // After the job of this ticket the host has its hands full, if the next one is there already: with what this one gave, and then with one more.
 // It hears of the job's end after this: one that says so whenever it rests never does with the first thread away.
 void Pool::send_away(uint32_t ticket) {
-    begins_away_ = crowded_ && published_.load(std::memory_order_relaxed) == ticket + 1;
+    begins_away_ = !homes_.empty() && published_.load(std::memory_order_relaxed) == ticket + 1;
     if (begins_away_) away_.store(1, std::memory_order_seq_cst);
 }
 
@@ -202,25 +222,26 @@ void Pool::wait(uint32_t ticket) {
     }
 }
 
-void Pool::wait_for_job(uint32_t ticket) {
+bool Pool::wait_for_job(uint32_t ticket) {
     auto there = [&] { return int32_t(published_.load(std::memory_order_acquire) - ticket) >= 0; };
     for (int spins = 0; spins < kSpins; ++spins) {
-        if (there()) return;
+        if (there()) return false;
         pause_cpu();
     }
     for (auto start = std::chrono::steady_clock::now(); std::chrono::steady_clock::now() - start < kIdle;) {
-        if (there()) return;
+        if (there()) return false;
         sched_yield();
     }
     for (uint32_t seen = published_.load(std::memory_order_acquire); int32_t(seen - ticket) < 0;
          seen = published_.load(std::memory_order_acquire))
         published_.wait(seen, std::memory_order_acquire);
+    return true;
 }
 
 void Pool::work(int index) {
     Worker worker(*this, index);
     for (uint32_t ticket = 1;; ++ticket) {
-        wait_for_job(ticket);
+        if (wait_for_job(ticket)) worker.go_home();
         // The destructor publishes one ticket more than there are jobs.
         if (stopping_.load(std::memory_order_relaxed) && ticket == published_.load(std::memory_order_acquire)) return;
         Job& job = jobs_[ticket % kQueue];

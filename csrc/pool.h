@@ -28,7 +28,7 @@ enum class Team : uint8_t { all, alone, others };
 // made use of what the job before gave and rests: it would take a core anyway, from a thread for which the others then wait.
 class Worker {
   public:
-    Worker(Pool& pool, int index) : index(index), pool_(pool), first_(index) {}
+    Worker(Pool& pool, int index);
 
     const int index;
     Range rows;    // of a step, that its team works on
@@ -67,8 +67,11 @@ class Worker {
     void note_done();
     void give_way();
     void meet(int spins);
+    // After a sleep: a thread is often woken on the core of the one that wakes it, which computes, and left there for milliseconds.
+    void go_home() const;
 
     Pool& pool_;
+    const int home_;  // its core, where the threads leave none to the host; else -1
     // The first piece of a phase is the thread's own number in its team, so that it costs no atomic; -1 once taken. Apart, the next piece.
     int first_;
     Team team_ = Team::all;
@@ -108,9 +111,9 @@ class Pool {
     // A place where a number of threads wait for each other.
     class Gate {
       public:
-        // Looks `spins` times before it sleeps. The last to come calls `last`.
+        // Looks `spins` times before it sleeps. The last to come calls `last`. Returns whether it slept.
         template <class F>
-        void pass(int threads, int spins, F last);
+        bool pass(int threads, int spins, F last);
 
       private:
         alignas(64) std::atomic<int> arrived_{0};
@@ -119,7 +122,7 @@ class Pool {
     };
 
     void work(int index);
-    void wait_for_job(uint32_t ticket);
+    bool wait_for_job(uint32_t ticket);  // whether it slept
     void send_away(uint32_t ticket);
 
     std::mutex submitting_;
@@ -135,7 +138,7 @@ class Pool {
     int last_ = 0;                               // who came last to a job's end, and when
     std::chrono::steady_clock::time_point last_came_;
     std::atomic<float> distance_{0};
-    const bool crowded_;                         // no core is left for the host
+    const std::vector<int> homes_;               // cores, where the threads leave none to the host; else empty
     std::atomic<bool> stopping_{false};
     std::atomic<int> bell_{-1};
     std::vector<std::thread> threads_;

@@ -17,6 +17,7 @@ from headrace.kernels import native
 from headrace.kernels.native import BROKEN_LOGITS, Limits, NativeOps, logits_spec, sample_spec
 from headrace.kernels.ops import SCREENED_ROWS, Batch, KVGroupBatch, RopeTable
 from headrace.kernels.reference import ReferenceOps
+from headrace.processes import threads
 from headrace.sampling import sample
 from headrace.types import SamplingParams
 
@@ -205,6 +206,20 @@ def test_a_step_that_begins_without_the_first_thread(threads: int, rows: int) ->
         assert behind.result()[1].tobytes() == alone.tobytes()
         led += behind.led > 0
     assert led > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell cores")
+def test_threads_that_slept_may_use_all_cores_again() -> None:
+    cores, before = os.sched_getaffinity(0), threads()
+    model = build(ISAS[0], len(cores))
+    own = threads() - before
+    for _ in range(20):
+        time.sleep(0.002)  # they sleep between jobs, and go to cores of their own when they wake
+        model.logits([(0, 0, TOKENS)])
+    deadline = time.monotonic() + 10
+    while any(os.sched_getaffinity(thread) != cores for thread in own) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(own) == len(cores) and all(os.sched_getaffinity(thread) == cores for thread in own)
 
 
 def test_queued_steps_with_late_tokens(model: Model) -> None:
