@@ -1,5 +1,5 @@
 // The instructions that read or write keys and values.
-#include <cstring>
+#include <algorithm>
 
 #include "instructions.h"
 #include "pieces.h"

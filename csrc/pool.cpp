@@ -37,8 +37,8 @@ constexpr auto kIdle = std::chrono::microseconds(200);
 constexpr auto kNews = std::chrono::milliseconds(3);
 constexpr auto kTurns = std::chrono::microseconds(200), kLongTurn = 10 * kTurns, kTurnsAfterLong = 100 * kTurns;
 
-// Two reads of the clock and a line from one core to another take 80 to 100 ns where a cache serves both, 250 to 300 where none does.
-constexpr auto kLate = std::chrono::nanoseconds(170);
+// A line from one core to another, and what a read of the clock adds, take 50 to 80 ns where a cache serves both, 220 to 280 where none does.
+constexpr auto kLate = std::chrono::nanoseconds(150);
 constexpr int kJobsOfDistance = 16;
 
 // How long the first thread stays away, at most.
@@ -49,14 +49,14 @@ void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const tim
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
 }
 
-// The cores that this process may use, if so many threads leave none of them to the host.
-std::vector<int> homes(int threads) {
+// The cores that this thread may use; none where the system does not tell.
+std::vector<int> cores() {
     cpu_set_t set;
-    if (threads == 1 || sched_getaffinity(0, sizeof set, &set) != 0 || threads < CPU_COUNT(&set)) return {};
-    std::vector<int> cores;
+    std::vector<int> found;
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return found;
     for (int core = 0; core < CPU_SETSIZE; ++core)
-        if (CPU_ISSET(core, &set)) cores.push_back(core);
-    return cores;
+        if (CPU_ISSET(core, &set)) found.push_back(core);
+    return found;
 }
 
 }  // namespace
@@ -82,7 +82,7 @@ bool Pool::Gate::pass(int threads, int spins, F last) {
     return true;
 }
 
-Worker::Worker(Pool& pool, int index) : index(index), pool_(pool), home_(pool.homes_.empty() ? -1 : pool.homes_[size_t(index) % pool.homes_.size()]), first_(index) {}
+Worker::Worker(Pool& pool, int index) : index(index), pool_(pool), home_(pool.homes_.empty() ? -1 : pool.homes_[size_t(index)]), first_(index) {}
 
 int Worker::count() const { return team_ == Team::all ? pool_.threads() : team_ == Team::alone ? 1 : pool_.threads() - 1; }
 
@@ -101,11 +101,10 @@ void Worker::barrier() {
     if (team_ == Team::all) {
         meet();
     } else if (team_ == Team::others) {
-        const bool slept = pool_.others_.pass(count(), kSpins, [&] {
+        pool_.others_.pass(count(), kSpins, [&] {  // who sleeps here does not go home: the host may be there
             pool_.next_piece_.store(count(), std::memory_order_relaxed);
             pool_.is_back_ = pool_.away_.load(std::memory_order_relaxed) == 0;
         });
-        if (slept) go_home();
     }
     if (carried_) give_way();
 }
@@ -152,11 +151,12 @@ void Worker::meet_at_end(uint32_t ticket) {
         pool_.next_piece_.store(threads, std::memory_order_relaxed);
         pool_.last_ = index, pool_.last_came_ = std::chrono::steady_clock::now();
     });
-    const auto seen = std::chrono::steady_clock::now();
+    const auto seen = std::chrono::steady_clock::now(), after = std::chrono::steady_clock::now();
     first_ = index - first_of_team();
     if (slept) return go_home();
     if (threads == 1 || index != (pool_.last_ + 1 + int(ticket % uint32_t(threads - 1))) % threads) return;
-    const float late = seen - pool_.last_came_ > kLate, before = pool_.distance();
+    const auto took = seen - pool_.last_came_ - (after - seen);  // less one of the two reads of the clock in it
+    const float late = took > kLate, before = pool_.distance_.load(std::memory_order_relaxed);
     pool_.distance_.store(before + (late - before) / kJobsOfDistance, std::memory_order_relaxed);
 }
 
@@ -174,7 +174,8 @@ void Worker::give_way() {
     carried_ = start < carried_until_;
 }
 
-Pool::Pool(int threads) : next_piece_(threads), homes_(homes(threads)) {
+Pool::Pool(int threads) : next_piece_(threads), homes_(cores()), crowded_(threads > 1 && !homes_.empty() && size_t(threads) >= homes_.size()) {
+    if (!crowded_ || size_t(threads) > homes_.size()) homes_.clear();
     threads_.reserve(size_t(threads));
     // Workers ask for the number of threads, so none may run before all are there: the first job's ticket holds them.
     for (int index = 0; index < threads; ++index) threads_.emplace_back([this, index] { work(index); });
@@ -204,7 +205,7 @@ uint32_t Pool::submit(Job job) {
 // After the job of this ticket the host has its hands full, if the next one is there already: with what this one gave, and then with one more.
 // It hears of the job's end after this: one that says so whenever it rests never does with the first thread away.
 void Pool::send_away(uint32_t ticket) {
-    begins_away_ = !homes_.empty() && published_.load(std::memory_order_relaxed) == ticket + 1;
+    begins_away_ = crowded_ && published_.load(std::memory_order_relaxed) == ticket + 1;
     if (begins_away_) away_.store(1, std::memory_order_seq_cst);
 }
 

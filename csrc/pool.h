@@ -67,11 +67,11 @@ class Worker {
     void note_done();
     void give_way();
     void meet(int spins);
-    // After a sleep: a thread is often woken on the core of the one that wakes it, which computes, and left there for milliseconds.
+    // After a sleep: the system often wakes a thread on the core of the one that wakes it, which computes, and leaves it there for milliseconds.
     void go_home() const;
 
     Pool& pool_;
-    const int home_;  // its core, where the threads leave none to the host; else -1
+    const int home_;  // its own core, where there is one for each thread and no more; else -1
     // The first piece of a phase is the thread's own number in its team, so that it costs no atomic; -1 once taken. Apart, the next piece.
     int first_;
     Team team_ = Team::all;
@@ -100,9 +100,9 @@ class Pool {
     void run(Job job) { wait(submit(std::move(job))); }
     // From now on adds one to this eventfd when a job is done: for hosts that wait for other things too.
     void ring(int eventfd) { bell_.store(eventfd, std::memory_order_relaxed); }
-    // Of the last jobs, the share at whose ends one thread saw another's store late: their cores share no cache, or others want them.
-    float distance() const { return distance_.load(std::memory_order_relaxed); }
-    void set_distance(float share) { distance_.store(share, std::memory_order_relaxed); }
+    // Of the last jobs that a thread waited for the end of, the share where it heard of it late: cores share no cache, or others want them.
+    float distance() const { return given_distance_ >= 0 ? given_distance_ : distance_.load(std::memory_order_relaxed); }
+    void set_distance(float share) { given_distance_ = share; }  // for tests: from now on it is this
 
   private:
     friend class Worker;
@@ -122,7 +122,7 @@ class Pool {
     };
 
     void work(int index);
-    bool wait_for_job(uint32_t ticket);  // whether it slept
+    bool wait_for_job(uint32_t ticket);  // true: it may have slept
     void send_away(uint32_t ticket);
 
     std::mutex submitting_;
@@ -138,7 +138,9 @@ class Pool {
     int last_ = 0;                               // who came last to a job's end, and when
     std::chrono::steady_clock::time_point last_came_;
     std::atomic<float> distance_{0};
-    const std::vector<int> homes_;               // cores, where the threads leave none to the host; else empty
+    float given_distance_ = -1;                  // the host's
+    std::vector<int> homes_;                     // cores, where there is one for each thread and no more; else empty
+    const bool crowded_;                         // no core is left for the host
     std::atomic<bool> stopping_{false};
     std::atomic<int> bell_{-1};
     std::vector<std::thread> threads_;

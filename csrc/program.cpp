@@ -354,16 +354,19 @@ void Program::share_out(Step& step) const {
     double of_a_row = 1, of_a_key = 0;
     for (const auto& instruction : instructions_)
         if (instruction->space(*this) == RowSpace::all) of_a_row += instruction->row_cost(), of_a_key += kAttentionCost * instruction->key_cost();
-    for (Range half : step.halves) add_shares(step, half, of_a_row, of_a_key);
+    for (Range half : step.halves)
+        if (!add_shares(step, half, of_a_row, of_a_key)) return step.shares.clear();
     for (int row : step.shares)
         step.cuts_chunks = step.cuts_chunks || (threads > 1 && !std::binary_search(step.chunk_rows.begin(), step.chunk_rows.end(), row));
 }
 
-void Program::add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const {
+// False where a row costs more than a thread's share of all: it has too many keys for one thread.
+bool Program::add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const {
     const int threads = pool.threads();
     auto cost = [&](int row) { return of_a_row + of_a_key * (step.positions[size_t(row)] + 1); };
-    double all = 0, sum = 0;
-    for (int row = rows.first; row < rows.past; ++row) all += cost(row);
+    double all = 0, greatest = 0, sum = 0;
+    for (int row = rows.first; row < rows.past; ++row) all += cost(row), greatest = std::max(greatest, cost(row));
+    if (greatest * threads > all) return false;
     std::vector<int> begins{rows.first};
     for (int row = rows.first; row < rows.past; ++row) {
         if (int(begins.size()) < threads && sum + cost(row) / 2 >= all * double(begins.size()) / threads) begins.push_back(row);
@@ -372,6 +375,7 @@ void Program::add_shares(Step& step, Range rows, double of_a_row, double of_a_ke
     begins.resize(size_t(threads), rows.past);
     step.shares.insert(step.shares.end(), begins.begin(), begins.end());
     step.shares.push_back(rows.past);
+    return true;
 }
 
 // Whatever the instructions share: shared out without claim(), which the first instruction may use in the same phase.

@@ -298,7 +298,7 @@ class Program {
     void enter(const Step& step, Worker& worker, Team team, int half) const;
     bool leads(const Step& step, const Worker& worker) const;
     size_t lead(Step& step, Worker& worker, bool apart);
-    void add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const;
+    bool add_shares(Step& step, Range rows, double of_a_row, double of_a_key) const;
     size_t past_segment(const Step& step, size_t first) const;
     void run(Step& step, Worker& worker);
     void begin(Step& step, Worker& worker);

@@ -159,6 +159,7 @@ def test_a_value_read_twice_is_kept(model: Model) -> None:
 def test_logits_do_not_depend_on_the_batch(model: Model, threads: int, dtype: str) -> None:
     whole = build(model.ops.isa, 1, dtype).logits([(0, 0, TOKENS)])
     other = build(model.ops.isa, threads, dtype)
+    other.ops._pool.distance = 1  # with 5 rows a thread, each takes its own
     other.logits([(3, 0, TOKENS[7:40])])
     parts = [
         other.logits([(1, 0, TOKENS[:33]), (2, 0, TOKENS[5:9])])[:33],
@@ -175,8 +176,8 @@ def test_logits_do_not_depend_on_the_batch(model: Model, threads: int, dtype: st
 @pytest.mark.parametrize(("distance", "least"), [(0.0, 24), (1.0, 5)])
 def test_threads_that_are_far_from_each_other_work_apart_sooner(threads: int, distance: float, least: int) -> None:
     whole, model = build(ISAS[0], 1).logits([(0, 0, TOKENS)]), build(ISAS[0], threads)
+    model.ops._pool.distance = distance
     for rows in (least * threads - 1, least * threads):
-        model.ops._pool.distance = distance
         first, second = rows // 2, rows - rows // 2
         ticket = model.step([(1, 0, TOKENS[:first]), (2, 0, TOKENS[:second])])
         assert ticket.result()[1].tobytes() == whole[:first].tobytes() + whole[:second].tobytes()
@@ -193,6 +194,7 @@ def test_a_step_that_begins_without_the_first_thread(threads: int, rows: int) ->
         model = build(ISAS[0], threads)
     finally:
         os.sched_setaffinity(0, cores)
+    model.ops._pool.distance = 1
     chunk, before = [(0, 60 - rows, TOKENS[60 - rows :])], [(0, 0, TOKENS), (1, 0, TOKENS)]
     model.logits(before)
     alone = model.logits(chunk)
@@ -217,9 +219,9 @@ def test_threads_that_slept_may_use_all_cores_again() -> None:
         time.sleep(0.002)  # they sleep between jobs, and go to cores of their own when they wake
         model.logits([(0, 0, TOKENS)])
     deadline = time.monotonic() + 10
-    while any(os.sched_getaffinity(thread) != cores for thread in own) and time.monotonic() < deadline:
+    while not (free := all(os.sched_getaffinity(thread) == cores for thread in own)) and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert len(own) == len(cores) and all(os.sched_getaffinity(thread) == cores for thread in own)
+    assert len(own) == len(cores) and free
 
 
 def test_queued_steps_with_late_tokens(model: Model) -> None:
