@@ -223,14 +223,14 @@ class Terminal:
 
     def interrupt(self) -> None:
         """Ctrl-C at the prompt until there is a new one: readline misses a signal that comes as it begins to wait, and
-        may hold it until a key is pressed (Ctrl-U, which leaves no text)."""
+        holds it until the next. The new prompt stands on a new line, one that is only drawn again does not."""
         for _ in range(30):
             self.type("\x03")
             try:
-                self.wait_for(">>> ", 2)
+                self.wait_for("\r\n>>> ", 2)
                 return
             except AssertionError:
-                self.type("\x15")
+                pass
         raise AssertionError("Ctrl-C thirty times, and no new prompt")
 
     def end(self) -> int:

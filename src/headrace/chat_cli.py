@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +112,7 @@ class Chat:
             self._count, llm.config.max_context - min(64, llm.config.max_context // 4), system
         )
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._interruptible = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/system": self._set_system,
             "/reset": self._reset,
@@ -124,19 +127,37 @@ class Chat:
         history = _history_file() if self._terminal else None
         if self._terminal:
             self._say("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D leaves.")
+        handler = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             while (line := self._read()) is not None and line.strip() != "/exit":
                 self._take(line.strip())
         finally:
+            signal.signal(signal.SIGINT, handler)
             if history is not None:
                 _save_history(history)
+
+    @contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """Ctrl-C ends the block with one KeyboardInterrupt. A second one that comes close behind would end the chat; it
+        does nothing, as elsewhere."""
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    def _on_interrupt(self, *_: object) -> None:
+        if self._interruptible:
+            self._interruptible = False
+            raise KeyboardInterrupt
 
     def _read(self) -> str | None:
         """The next message, which may go over several lines; None at the end of the input."""
         lines: list[str] = []
         while True:
             try:
-                line = input(("... " if lines else ">>> ") if self._terminal else "")
+                with self._interrupted():
+                    line = input(("... " if lines else ">>> ") if self._terminal else "")
             except EOFError:
                 if self._terminal:
                     print()
@@ -170,10 +191,11 @@ class Chat:
             self._say(f"(the {dropped} oldest messages left: the context of {limit} tokens is full)")
         answer = ""
         try:
-            for piece in self._llm.stream_chat(self._conversation.messages, self._params):
-                answer += piece.text
-                sys.stdout.write(printable(piece.text) if self._terminal else piece.text)
-                sys.stdout.flush()
+            with self._interrupted():
+                for piece in self._llm.stream_chat(self._conversation.messages, self._params):
+                    answer += piece.text
+                    sys.stdout.write(printable(piece.text) if self._terminal else piece.text)
+                    sys.stdout.flush()
         except KeyboardInterrupt:
             sys.stdout.write(" (stopped)")
         except HeadraceError:
