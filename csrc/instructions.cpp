@@ -1,6 +1,5 @@
 #include "instructions.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "pieces.h"
