@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "matrix_layout.h"
 
@@ -34,6 +35,25 @@ float bfloat_to_float(uint16_t b) {
 
 uint16_t load16(const uint8_t* p) { return uint16_t(p[0] | p[1] << 8); }
 
+// 16 bytes at once, in any compiler's own registers: loops over bytes are often left as they are.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint64_t Words __attribute__((vector_size(16)));
+
+HEADRACE_INLINE Bytes load_bytes(const uint8_t* p) {
+    Bytes bytes;
+    std::memcpy(&bytes, p, 16);
+    return bytes;
+}
+
+HEADRACE_INLINE void store_bytes(uint8_t* p, Bytes bytes) { std::memcpy(p, &bytes, 16); }
+HEADRACE_INLINE Bytes smaller(Bytes a, Bytes b) { return a < b ? a : b; }
+
+// Calls visit(j) with j = 0, 16, ... below `count`.
+template <class Visit>
+HEADRACE_INLINE void by_16(int count, Visit visit) {
+    for (int j = 0; j < count; j += 16) visit(j);
+}
+
 // A block of the file, or a superblock's row of a tile: codes and scales as the layout stores them.
 struct Block {
     uint8_t codes[256];          // as stored: code + 128 for Q8_0, indices for IQ4_NL
@@ -61,13 +81,28 @@ constexpr int block_bytes(Format format) {
 
 // ---- reading the file's blocks (the GGUF definitions)
 
-HEADRACE_INLINE void read_nibbles(const uint8_t* q, uint8_t* codes) {
-    for (int j = 0; j < 16; j++) codes[j] = q[j] & 15, codes[j + 16] = q[j] >> 4;
+// `count` nibbles low, then as many high ones.
+HEADRACE_INLINE void read_nibbles(const uint8_t* q, int count, uint8_t* codes) {
+    by_16(count, [&](int j) {
+        const Bytes both = load_bytes(q + j);
+        store_bytes(codes + j, both & 15), store_bytes(codes + count + j, both >> 4);
+    });
 }
 
+// Bit j is added to code j, as its fifth.
 HEADRACE_INLINE void read_high_bits(const uint8_t* q, uint8_t* codes) {
-    for (int j = 0; j < 32; j++) codes[j] |= (q[j / 8] >> (j % 8) & 1) << 4;
+    constexpr Bytes bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    by_16(32, [&](int j) {
+        const Bytes of_each = (Bytes)(Words{q[j / 8], q[j / 8 + 1]} * 0x0101010101010101u);
+        store_bytes(codes + j, load_bytes(codes + j) | ((of_each & bit) != 0 ? Bytes{} + 16 : Bytes{}));
+    });
 }
+
+// The K formats' 256 codes of two bits: 32 in the lowest bits of 32 bytes, 32 in the next, and the second 128 in 32 bytes more.
+HEADRACE_INLINE Bytes two_bits(const uint8_t* q, int k) { return load_bytes(q + k / 128 * 32 + k % 32) >> (k % 128 / 32 * 2) & 3; }
+
+// And one more bit of each: 32 in the lowest bits of 32 bytes, and so on.
+HEADRACE_INLINE Bytes one_bit(const uint8_t* q, int k) { return load_bytes(q + k % 32) >> (k / 32) & 1; }
 
 // The 6-bit scales and minima of Q4_K and Q5_K: 12 bytes.
 HEADRACE_INLINE void read_scales_and_mins(const uint8_t* p, Block& block) {
@@ -81,30 +116,29 @@ HEADRACE_INLINE void read_block(Format format, const uint8_t* p, Block& block) {
     uint8_t* codes = block.codes;
     switch (format) {
         case Format::Q4_0: case Format::IQ4_NL:
-            block.d[0] = load16(p), read_nibbles(p + 2, codes);
+            block.d[0] = load16(p), read_nibbles(p + 2, 16, codes);
             break;
         case Format::Q4_1:
-            block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 4, codes);
+            block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 4, 16, codes);
             break;
         case Format::Q5_0:
-            block.d[0] = load16(p), read_nibbles(p + 6, codes), read_high_bits(p + 2, codes);
+            block.d[0] = load16(p), read_nibbles(p + 6, 16, codes), read_high_bits(p + 2, codes);
             break;
         case Format::Q5_1:
-            block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 8, codes), read_high_bits(p + 4, codes);
+            block.d[0] = load16(p), block.m[0] = load16(p + 2), read_nibbles(p + 8, 16, codes), read_high_bits(p + 4, codes);
             break;
         case Format::Q8_0: case Format::Q8_0_APART:
             block.d[0] = load16(p);
-            for (int j = 0; j < 32; j++) codes[j] = p[2 + j] ^ 128;
+            by_16(32, [&](int j) { store_bytes(codes + j, load_bytes(p + 2 + j) ^ 128); });
             break;
         case Format::Q2_K:  // 16 scale bytes, 64 of codes, d, dmin
             std::memcpy(block.scale, p, 16);
             block.d[0] = load16(p + 80), block.m[0] = load16(p + 82);
-            for (int k = 0; k < 256; k++) codes[k] = p[16 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3;
+            by_16(256, [&](int k) { store_bytes(codes + k, two_bits(p + 16, k)); });
             break;
         case Format::Q3_K: {  // 32 bytes of high bits, 64 of low ones, 12 of scales, d
             block.d[0] = load16(p + 108);
-            for (int k = 0; k < 256; k++)
-                codes[k] = (p[32 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3) | (p[k % 32] >> (k / 32) & 1) << 2;
+            by_16(256, [&](int k) { store_bytes(codes + k, two_bits(p + 32, k) | one_bit(p, k) << 2); });
             const uint8_t* s = p + 96;
             for (int j = 0; j < 16; j++) {
                 const int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4, high = s[8 + j % 4] >> (j / 4 * 2) & 3;
@@ -116,17 +150,15 @@ HEADRACE_INLINE void read_block(Format format, const uint8_t* p, Block& block) {
             block.d[0] = load16(p), block.m[0] = load16(p + 2);
             read_scales_and_mins(p + 4, block);
             const uint8_t* nibbles = p + (format == Format::Q5_K ? 48 : 16);
-            for (int k = 0; k < 256; k++) codes[k] = nibbles[k / 64 * 32 + k % 32] >> (k % 64 / 32 * 4) & 15;
-            if (format == Format::Q5_K)
-                for (int k = 0; k < 256; k++) codes[k] |= (p[16 + k % 32] >> (k / 32) & 1) << 4;
+            for (int k = 0; k < 256; k += 64) read_nibbles(nibbles + k / 2, 32, codes + k);
+            if (format == Format::Q5_K) by_16(256, [&](int k) { store_bytes(codes + k, load_bytes(codes + k) | one_bit(p + 16, k) << 4); });
             break;
         }
         case Format::Q6_K:  // 128 bytes of nibbles, 64 of high bits, 16 scales, d
             std::memcpy(block.scale, p + 192, 16);
             block.d[0] = load16(p + 208);
-            for (int k = 0; k < 256; k++)
-                codes[k] = (p[k / 128 * 64 + k % 64] >> (k % 128 / 64 * 4) & 15) |
-                           (p[128 + k / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3) << 4;
+            for (int k = 0; k < 256; k += 128) read_nibbles(p + k / 2, 64, codes + k);
+            by_16(256, [&](int k) { store_bytes(codes + k, load_bytes(codes + k) | two_bits(p + 128, k) << 4); });
             break;
         default: break;
     }
@@ -173,12 +205,12 @@ HEADRACE_INLINE void block_values(const Layout& layout, const Block& block, int 
 // Bits [shift, shift + bits) of output n's 32 codes, to and from a plane. The four codes of a quad move as one word.
 HEADRACE_INLINE void place_plane(uint8_t* plane, int bits, int shift, int n, const uint8_t* codes) {
     const uint32_t mask = 0x01010101u * uint32_t((1 << bits) - 1);
-    for (int quad = 0; bits && quad < 8; quad++) {
-        uint8_t* at = plane + quad % bits * 64 + n * 4;
-        uint32_t word, before;
-        std::memcpy(&word, codes + 4 * quad, 4), std::memcpy(&before, at, 4);
-        word = before | (word >> shift & mask) << quad / bits * bits;
-        std::memcpy(at, &word, 4);
+    uint32_t words[8];
+    std::memcpy(words, codes, sizeof words);
+    for (int i = 0; i < bits; i++) {
+        uint32_t word = 0;
+        for (int quad = i; quad < 8; quad += bits) word |= (words[quad] >> shift & mask) << quad / bits * bits;
+        std::memcpy(plane + i * 64 + n * 4, &word, 4);
     }
 }
 
@@ -264,15 +296,26 @@ HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, con
                  [](const void* packed, void* field, int bytes) { std::memcpy(field, packed, size_t(bytes)); });
 }
 
+// The smallest and the greatest of codes, the smallest being among `low` and what the greatest lacks to 255 among `lacks`.
+HEADRACE_INLINE std::pair<int, int> extremes(Bytes low, Bytes lacks) {
+    const Words a = (Words)low, b = (Words)lacks;
+    Bytes least = smaller((Bytes)Words{a[0], b[0]}, (Bytes)Words{a[1], b[1]});
+    for (int bits = 32; bits >= 8; bits /= 2) least = smaller(least, (Bytes)((Words)least >> bits));  // of each word the lowest byte counts
+    return {least[0], 255 - least[8]};
+}
+
 // The largest |value|: a value grows or falls with its code, so the extreme codes of each scale have it.
 HEADRACE_INLINE float largest(const Layout& layout, const Block& block, int groups) {
     float result = 0;
-    for (int part = 0; part < 2 * groups; part++) {
-        uint8_t low = 255, high = 0;
-        for (int j = 0; j < 16; j++) low = std::min(low, block.codes[16 * part + j]), high = std::max(high, block.codes[16 * part + j]);
-        float d, m;
-        group_scale(layout, block, part / 2, part % 2, d, m);
-        for (const uint8_t code : {low, high}) result = std::max(result, std::fabs(d * code_value(layout, code) + m));
+    for (int group = 0; group < groups; group++) {
+        const Bytes first = load_bytes(block.codes + 32 * group), second = load_bytes(block.codes + 32 * group + 16);
+        for (int half = 0; half <= layout.halves; half++) {
+            const Bytes a = half ? second : first, b = layout.halves ? a : second;
+            const auto [low, high] = extremes(smaller(a, b), smaller(~a, ~b));
+            float d, m;
+            group_scale(layout, block, group, half, d, m);
+            for (const int code : {low, high}) result = std::max(result, std::fabs(d * code_value(layout, code) + m));
+        }
     }
     return result;
 }
