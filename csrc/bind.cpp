@@ -78,6 +78,16 @@ ActivationKind activation_by_name(const std::string& name) {
     return by_name(name, known, "activation");
 }
 
+// ---- threads
+
+struct PyPool : Pool {
+    using Pool::Pool;
+    ~PyPool() {  // its last jobs may call functions of Python's
+        nb::gil_scoped_release release;
+        stop();
+    }
+};
+
 // ---- weights
 
 struct PyWeight {
@@ -85,7 +95,7 @@ struct PyWeight {
 };
 
 // Packs rows of the source (row_order, or all) on the pool, into the arena; the source must live until the pool has come to it.
-PyWeight pack_weight(Pool& pool, Arena& arena, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order, bool head) {
+PyWeight pack_weight(PyPool& pool, Arena& arena, const std::string& format_name, int64_t rows, int64_t cols, Vector<uint8_t> source, std::optional<Vector<int32_t>> row_order, bool head) {
     const Format format = head ? screened_format(format_by_name(format_name)) : format_by_name(format_name);
     if (rows < 1 || cols < 1 || cols % block_cols(format) != 0)
         throw std::invalid_argument("a " + format_name + " weight cannot have the shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "]");
@@ -116,7 +126,7 @@ struct PyKvPool {
     std::shared_ptr<KvPool> pool;
 };
 
-void copy_page(Pool& pool, const PyKvPool& kv, int source, int target) {
+void copy_page(PyPool& pool, const PyKvPool& kv, int source, int target) {
     for (int page : {source, target})
         if (page < 0 || page >= kv.pool->pages) throw std::invalid_argument("page " + std::to_string(page) + " of a pool of " + std::to_string(kv.pool->pages));
     nb::gil_scoped_release release;
@@ -171,7 +181,7 @@ struct PyTicket {
 
 class PyProgram {
   public:
-    PyProgram(Pool& pool, const std::string& isa, int rows, int logits, int chunks, int slots, std::vector<int> pages)
+    PyProgram(PyPool& pool, const std::string& isa, int rows, int logits, int chunks, int slots, std::vector<int> pages)
         : program_(std::make_shared<Program>(pool, isa_by_name(isa), Limits{rows, logits, chunks, slots, std::move(pages)})) {}
 
     int slot(int width, bool logits) { return program_->add_slot(width, logits ? RowSpace::logits : RowSpace::all); }
@@ -517,16 +527,16 @@ NB_MODULE(_native, m) {
         return sample(isa_by_name(isa), logits.data(), int(logits.size()), spec, position, best, scratch);
     });
 
-    nb::class_<Pool>(m, "Pool")
-        .def("__init__", [](Pool* self, int threads) {
+    nb::class_<PyPool>(m, "Pool")
+        .def("__init__", [](PyPool* self, int threads) {
             if (threads < 1 || threads > 1024) throw std::invalid_argument("a pool has 1 to 1024 threads, got " + std::to_string(threads));
-            new (self) Pool(threads);
+            new (self) PyPool(threads);
         }, "threads"_a)
         .def_prop_ro("threads", &Pool::threads)
         .def_prop_rw("distance", &Pool::distance, &Pool::set_distance)
         .def("ring", &Pool::ring, "eventfd"_a)
         .def("rest", &Pool::rest)
-        .def("wait", [](Pool& pool) { pool.run([](Worker&) {}); }, nb::call_guard<nb::gil_scoped_release>());
+        .def("wait", [](PyPool& pool) { pool.run([](Worker&) {}); }, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<PyWeight>(m, "Weight")
         .def_prop_ro("rows", [](const PyWeight& w) { return w.weight->matrix.rows; })
         .def_prop_ro("cols", [](const PyWeight& w) { return w.weight->matrix.cols; })
@@ -542,7 +552,7 @@ NB_MODULE(_native, m) {
         })
         .def_prop_ro("kv_heads", [](const PyKvPool& kv) { return kv.pool->kv_heads; })
         .def_prop_ro("nbytes", [](const PyKvPool& kv) { return kv.pool->memory.bytes(); })
-        .def("copy_page", [](const PyKvPool& kv, Pool& pool, int source, int target) { copy_page(pool, kv, source, target); });
+        .def("copy_page", [](const PyKvPool& kv, PyPool& pool, int source, int target) { copy_page(pool, kv, source, target); });
     nb::class_<Group>(m, "Group")
         .def_prop_ro("aborted", &Group::aborted)
         .def("abort", &Group::abort)
@@ -564,7 +574,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("started", [](const PyTicket& t) { return t.step->started; })
         .def_prop_ro("ended", [](const PyTicket& t) { return t.step->ended; });
     nb::class_<PyProgram>(m, "Program")
-        .def(nb::init<Pool&, const std::string&, int, int, int, int, std::vector<int>>(), nb::keep_alive<1, 2>())
+        .def(nb::init<PyPool&, const std::string&, int, int, int, int, std::vector<int>>(), nb::keep_alive<1, 2>())
         .def("slot", &PyProgram::slot)
         .def("join", &PyProgram::join)
         .def("partial", &PyProgram::partial)

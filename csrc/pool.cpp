@@ -181,7 +181,7 @@ Pool::Pool(int threads) : next_piece_(threads), homes_(cores()), crowded_(thread
     for (int index = 0; index < threads; ++index) threads_.emplace_back([this, index] { work(index); });
 }
 
-Pool::~Pool() {
+void Pool::stop() {
     stopping_.store(true, std::memory_order_relaxed);
     {
         std::lock_guard lock(submitting_);
@@ -189,6 +189,7 @@ Pool::~Pool() {
         published_.notify_all();
     }
     for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
 }
 
 uint32_t Pool::submit(Job job) {

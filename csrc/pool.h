@@ -85,9 +85,12 @@ class Pool {
     using Job = std::function<void(Worker&)>;  // must not throw, and must reach the same barriers on every thread
 
     explicit Pool(int threads);
-    ~Pool();
+    ~Pool() { stop(); }
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
+
+    // Ends the threads, once what is queued is done; from then on no job may be submitted.
+    void stop();
 
     int threads() const { return int(threads_.size()); }
 

@@ -295,6 +295,27 @@ def test_a_channel_that_fails_is_named() -> None:
     assert groups[0].aborted
 
 
+LET_GO = """
+from tests.parallel.test_group import HIDDEN, SIZES, Net, channels, samples_of
+groups = channels(SIZES)
+net = Net(groups[0])
+net.ops.finish_packing()
+groups[1]._mesh._senders[0].close()
+net.submit(HIDDEN, samples_of(0.0))
+del net
+print("let go")
+"""
+
+
+@needs_native
+def test_a_rank_whose_step_still_calls_its_channels_can_be_let_go_of() -> None:
+    """The threads of the pool need the interpreter to end. In a process: one that stands still could not be ended."""
+    done = subprocess.run(
+        [sys.executable, "-c", LET_GO], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "let go\n", done.stderr
+
+
 @needs_native
 def test_a_group_serves_one_program_that_fits() -> None:
     group = shared(SIZES)[0]
