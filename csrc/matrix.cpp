@@ -46,13 +46,8 @@ HEADRACE_INLINE Bytes load_bytes(const uint8_t* p) {
 }
 
 HEADRACE_INLINE void store_bytes(uint8_t* p, Bytes bytes) { std::memcpy(p, &bytes, 16); }
+HEADRACE_INLINE void add_bits(uint8_t* p, Bytes bits) { store_bytes(p, load_bytes(p) | bits); }
 HEADRACE_INLINE Bytes smaller(Bytes a, Bytes b) { return a < b ? a : b; }
-
-// Calls visit(j) with j = 0, 16, ... below `count`.
-template <class Visit>
-HEADRACE_INLINE void by_16(int count, Visit visit) {
-    for (int j = 0; j < count; j += 16) visit(j);
-}
 
 // A block of the file, or a superblock's row of a tile: codes and scales as the layout stores them.
 struct Block {
@@ -83,19 +78,19 @@ constexpr int block_bytes(Format format) {
 
 // `count` nibbles low, then as many high ones.
 HEADRACE_INLINE void read_nibbles(const uint8_t* q, int count, uint8_t* codes) {
-    by_16(count, [&](int j) {
+    for (int j = 0; j < count; j += 16) {
         const Bytes both = load_bytes(q + j);
         store_bytes(codes + j, both & 15), store_bytes(codes + count + j, both >> 4);
-    });
+    }
 }
 
 // Bit j is added to code j, as its fifth.
 HEADRACE_INLINE void read_high_bits(const uint8_t* q, uint8_t* codes) {
     constexpr Bytes bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-    by_16(32, [&](int j) {
+    for (int j = 0; j < 32; j += 16) {
         const Bytes of_each = (Bytes)(Words{q[j / 8], q[j / 8 + 1]} * 0x0101010101010101u);
-        store_bytes(codes + j, load_bytes(codes + j) | ((of_each & bit) != 0 ? Bytes{} + 16 : Bytes{}));
-    });
+        add_bits(codes + j, (Bytes)((of_each & bit) != 0) & 16);
+    }
 }
 
 // The K formats' 256 codes of two bits: 32 in the lowest bits of 32 bytes, 32 in the next, and the second 128 in 32 bytes more.
@@ -129,16 +124,16 @@ HEADRACE_INLINE void read_block(Format format, const uint8_t* p, Block& block) {
             break;
         case Format::Q8_0: case Format::Q8_0_APART:
             block.d[0] = load16(p);
-            by_16(32, [&](int j) { store_bytes(codes + j, load_bytes(p + 2 + j) ^ 128); });
+            for (int j = 0; j < 32; j += 16) store_bytes(codes + j, load_bytes(p + 2 + j) ^ 128);
             break;
         case Format::Q2_K:  // 16 scale bytes, 64 of codes, d, dmin
             std::memcpy(block.scale, p, 16);
             block.d[0] = load16(p + 80), block.m[0] = load16(p + 82);
-            by_16(256, [&](int k) { store_bytes(codes + k, two_bits(p + 16, k)); });
+            for (int k = 0; k < 256; k += 16) store_bytes(codes + k, two_bits(p + 16, k));
             break;
         case Format::Q3_K: {  // 32 bytes of high bits, 64 of low ones, 12 of scales, d
             block.d[0] = load16(p + 108);
-            by_16(256, [&](int k) { store_bytes(codes + k, two_bits(p + 32, k) | one_bit(p, k) << 2); });
+            for (int k = 0; k < 256; k += 16) store_bytes(codes + k, two_bits(p + 32, k) | one_bit(p, k) << 2);
             const uint8_t* s = p + 96;
             for (int j = 0; j < 16; j++) {
                 const int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4, high = s[8 + j % 4] >> (j / 4 * 2) & 3;
@@ -151,14 +146,14 @@ HEADRACE_INLINE void read_block(Format format, const uint8_t* p, Block& block) {
             read_scales_and_mins(p + 4, block);
             const uint8_t* nibbles = p + (format == Format::Q5_K ? 48 : 16);
             for (int k = 0; k < 256; k += 64) read_nibbles(nibbles + k / 2, 32, codes + k);
-            if (format == Format::Q5_K) by_16(256, [&](int k) { store_bytes(codes + k, load_bytes(codes + k) | one_bit(p + 16, k) << 4); });
+            for (int k = 0; format == Format::Q5_K && k < 256; k += 16) add_bits(codes + k, one_bit(p + 16, k) << 4);
             break;
         }
         case Format::Q6_K:  // 128 bytes of nibbles, 64 of high bits, 16 scales, d
             std::memcpy(block.scale, p + 192, 16);
             block.d[0] = load16(p + 208);
             for (int k = 0; k < 256; k += 128) read_nibbles(p + k / 2, 64, codes + k);
-            by_16(256, [&](int k) { store_bytes(codes + k, load_bytes(codes + k) | two_bits(p + 128, k) << 4); });
+            for (int k = 0; k < 256; k += 16) add_bits(codes + k, two_bits(p + 128, k) << 4);
             break;
         default: break;
     }
