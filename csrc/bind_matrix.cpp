@@ -77,8 +77,8 @@ Result product(const std::string& isa_wanted, const std::string& format, const s
     return result(std::move(y), size_t(count), size_t(rows));
 }
 
-// Whether screening keeps each tile for some of the rows, given what their best is not below, and what it raises that to: [rows][tiles].
-nb::tuple screening(const std::string& isa_wanted, const std::string& quantised, int64_t rows, const Bytes& source, const Rows& x, const Rows& least, int64_t rows_at_once) {
+// Whether screening keeps each tile for some of the rows, given what their best is not below: [rows][tiles].
+Result screening(const std::string& isa_wanted, const std::string& quantised, int64_t rows, const Bytes& source, const Rows& x, const Rows& least, int64_t rows_at_once) {
     const Kernels& set = kernels_of(isa_wanted);
     const int64_t count = int64_t(x.shape(0)), cols = int64_t(x.shape(1));
     const Packed packed(format_name(Format::Q8_0_APART), rows, cols, source, std::nullopt);
@@ -88,17 +88,18 @@ nb::tuple screening(const std::string& isa_wanted, const std::string& quantised,
     if (recipe == Recipe::row) throw std::invalid_argument("the recipe 'row' has no screening");
     const Memory memory(activation_bytes(recipe, count, cols));
     const Activation input = activation(recipe, count, cols, memory.data());
-    std::vector<float> norms(static_cast<size_t>(count)), kept(size_t(count * tiles)), raised(size_t(count * tiles)), own(static_cast<size_t>(count));
-    for (int64_t row = 0; row < count; row++) set.quantise_row(input, row, x.data() + row * cols), norms[size_t(row)] = screening_norm(input, row);
+    std::vector<Reach> reach(static_cast<size_t>(count));
+    std::vector<float> kept(size_t(count * tiles)), own(static_cast<size_t>(count));
+    for (int64_t row = 0; row < count; row++) set.quantise_row(input, row, x.data() + row * cols), reach[size_t(row)] = screening_reach(input, row);
     const Product p{&packed.matrix, &input, nullptr, 0};
     for (int64_t tile = 0; tile < tiles; tile++)
         for (int64_t first = 0; first < count; first += rows_at_once) {
             const int64_t past = std::min(count, first + rows_at_once);
             for (int64_t row = first; row < past; row++) own[size_t(row)] = least.data()[row * tiles + tile];
-            const bool found = set.screen(p, first, past, tile, norms.data(), own.data());
-            for (int64_t row = first; row < past; row++) kept[size_t(row * tiles + tile)] = found, raised[size_t(row * tiles + tile)] = own[size_t(row)];
+            const bool found = set.screen(p, first, past, tile, reach.data(), own.data());
+            for (int64_t row = first; row < past; row++) kept[size_t(row * tiles + tile)] = found;
         }
-    return nb::make_tuple(result(std::move(kept), size_t(count), size_t(tiles)), result(std::move(raised), size_t(count), size_t(tiles)));
+    return result(std::move(kept), size_t(count), size_t(tiles));
 }
 
 }  // namespace

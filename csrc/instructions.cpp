@@ -161,11 +161,11 @@ void Head::run(Program& program, Step& step, Worker& worker) const {
     const bool keep = std::any_of(step.samples.begin(), step.samples.end(), [](const SampleSpec& spec) { return spec.logits || spec.temperature > 0; });
     std::fill(scratch.best.begin() + rows.first, scratch.best.begin() + rows.past, kNoBest);
     Group* group = program.group().get();
-    float norms[kScreenedRows];
+    Reach reach[kScreenedRows];
     const bool may = !keep && rows.count() <= kScreenedRows && bounded(activations[0]);
     bool screened = may && program.screening.pause == 0;
-    for (int i = 0; screened && i < rows.count(); ++i) screened = may_screen(norms[i] = screening_norm(activations[0], rows.first + i));
-    if (screened) multiply_screened(program, worker, activations[0], norms);
+    for (int i = 0; screened && i < rows.count(); ++i) screened = may_screen(reach[i] = screening_reach(activations[0], rows.first + i));
+    if (screened) multiply_screened(program, worker, activations[0], reach);
     else multiply(program, worker, activations, !keep ? nullptr : group ? group->logits(group->rank, 0) : all.data, group ? group->sizes.columns : all.width);
     worker.barrier();
     if (screened && worker.index == worker.first_of_team()) {
@@ -212,7 +212,7 @@ bool Head::bounded(const Activation& x) const {
 }
 
 // The best of the rank's columns, from the logits of the tiles that may hold it.
-void Head::multiply_screened(Program& program, Worker& worker, const Activation& x, const float* norms) const {
+void Head::multiply_screened(Program& program, Worker& worker, const Activation& x, const Reach* reach) const {
     const Range rows = input.rows(program, worker);
     const PackedMatrix& matrix = weight.weight->matrix;
     Scratch& scratch = program.scratch(worker);
@@ -227,13 +227,15 @@ void Head::multiply_screened(Program& program, Worker& worker, const Activation&
             const uint8_t* after = tile + 1 < past ? weight.weight->tile(tile + 1) : next >= 0 ? weight.weight->tile(next) : weights_after(worker);
             const Product product{&matrix, &x, y, tile_rows, nullptr, false, after};
             for (int i = 0; i < rows.count(); ++i) least[i] = shared[i].load(std::memory_order_relaxed);
-            if (!program.matrix.screen(product, rows.first, rows.past, tile, norms - rows.first, least - rows.first)) continue;
-            for (int i = 0; i < rows.count(); ++i)
-                if (least[i] > shared[i].load(std::memory_order_relaxed)) shared[i].store(least[i], std::memory_order_relaxed);
+            if (!program.matrix.screen(product, rows.first, rows.past, tile, reach - rows.first, least - rows.first)) continue;
             ++scratch.screened;
             program.matrix.multiply(product, rows.first, rows.past, tile, tile + 1);
-            for (int row = rows.first; row < rows.past; ++row)
-                program.rows_of.best(y + row * tile_rows + column, count, first_column(program) + column, scratch.best[size_t(row)]);
+            for (int i = 0; i < rows.count(); ++i) {
+                const int row = rows.first + i;
+                Best& best = scratch.best[size_t(row)];
+                program.rows_of.best(y + row * tile_rows + column, count, first_column(program) + column, best);
+                if (best.value > shared[i].load(std::memory_order_relaxed)) shared[i].store(best.value, std::memory_order_relaxed);
+            }
         }
     });
 }

@@ -99,7 +99,7 @@ struct Head : Instruction {
   private:
     void multiply(Program& program, Worker& worker, const std::vector<Activation>& activations, float* kept, int64_t ld) const;
     bool bounded(const Activation& x) const;
-    void multiply_screened(Program& program, Worker& worker, const Activation& x, const float* norms) const;
+    void multiply_screened(Program& program, Worker& worker, const Activation& x, const Reach* reach) const;
     int first_column(Program& program) const { return columns.empty() ? 0 : columns[size_t(program.group()->rank)]; }
     Best best_of_team(Program& program, const Worker& worker, int row) const;
     int32_t choose(Program& program, const Step& step, const Worker& worker, int row, const Best& best) const;

@@ -219,26 +219,37 @@ HEADRACE_INLINE void read_plane(const uint8_t* plane, int bits, int shift, int n
     }
 }
 
-constexpr uint32_t kTwoBits = 0x03030303u;  // the lowest of each of four codes
+// Of each of a quad's four codes, or of four packed bytes: `count` bits from bit `from` on.
+HEADRACE_INLINE uint32_t bits_of(uint32_t word, int from, int count) { return word >> from & 0x01010101u * ((1u << count) - 1); }
 
-// The other bits of output n's 32 codes, where two bits are apart, to and from a group's lines.
-HEADRACE_INLINE void place_without_apart(uint8_t* lines, int n, const uint8_t* codes) {
-    uint32_t words[8];
-    std::memcpy(words, codes, sizeof words);
-    for (int i = 0; i < 6; i++) {
-        const uint32_t word = (words[i] & ~kTwoBits) | (words[6 + i / 3] >> (6 - i % 3 * 2) & kTwoBits);
-        std::memcpy(lines + 64 * i + 4 * n, &word, 4);
-    }
+// Output n's 32 codes, where three bits are apart, to and from a group's lines and those of the bits apart.
+HEADRACE_INLINE void place_with_apart(uint8_t* lines, uint8_t* apart, int n, const uint8_t* codes) {
+    uint32_t w[8], of_lines[5], of_apart[3];
+    std::memcpy(w, codes, sizeof w);
+    for (int i = 0; i < 5; i++) of_lines[i] = bits_of(w[i], 3, 5) << 3;
+    for (int i = 0; i < 3; i++) of_lines[i] |= bits_of(w[5 + i], 5, 3), of_apart[i] = bits_of(w[i], 0, 3) | bits_of(w[3 + i], 0, 3) << 3;
+    of_lines[3] |= bits_of(w[5], 3, 2) << 1 | bits_of(w[7], 4, 1);
+    of_lines[4] |= bits_of(w[6], 3, 2) << 1 | bits_of(w[7], 3, 1);
+    of_apart[0] |= bits_of(w[6], 0, 2) << 6;
+    of_apart[1] |= bits_of(w[7], 0, 2) << 6;
+    of_apart[2] |= bits_of(w[6], 2, 1) << 6 | bits_of(w[7], 2, 1) << 7;
+    for (int i = 0; i < 5; i++) std::memcpy(lines + 64 * i + 4 * n, &of_lines[i], 4);
+    for (int i = 0; i < 3; i++) std::memcpy(apart + 64 * i + 4 * n, &of_apart[i], 4);
 }
 
-HEADRACE_INLINE void read_without_apart(const uint8_t* lines, int n, uint8_t* codes) {
-    uint32_t words[8] = {};
-    for (int i = 0; i < 6; i++) {
-        uint32_t word;
-        std::memcpy(&word, lines + 64 * i + 4 * n, 4);
-        words[i] = word & ~kTwoBits, words[6 + i / 3] |= (word & kTwoBits) << (6 - i % 3 * 2);
-    }
-    std::memcpy(codes, words, sizeof words);
+HEADRACE_INLINE void read_with_apart(const uint8_t* lines, const uint8_t* apart, int n, uint8_t* codes) {
+    uint32_t w[8], of_lines[5], of_apart[3];
+    for (int i = 0; i < 5; i++) std::memcpy(&of_lines[i], lines + 64 * i + 4 * n, 4);
+    for (int i = 0; i < 3; i++) std::memcpy(&of_apart[i], apart + 64 * i + 4 * n, 4);
+    for (int i = 0; i < 5; i++) w[i] = bits_of(of_lines[i], 3, 5) << 3;
+    for (int i = 0; i < 3; i++) w[5 + i] = bits_of(of_lines[i], 0, 3) << 5;
+    w[5] |= bits_of(of_lines[3], 1, 2) << 3;
+    w[6] |= bits_of(of_lines[4], 1, 2) << 3;
+    w[7] |= bits_of(of_lines[3], 0, 1) << 4 | bits_of(of_lines[4], 0, 1) << 3;
+    for (int i = 0; i < 3; i++) w[i] |= bits_of(of_apart[i], 0, 3), w[3 + i] |= bits_of(of_apart[i], 3, 3);
+    w[6] |= bits_of(of_apart[0], 6, 2) | bits_of(of_apart[2], 6, 1) << 2;
+    w[7] |= bits_of(of_apart[1], 6, 2) | bits_of(of_apart[2], 7, 1) << 2;
+    std::memcpy(codes, w, sizeof w);
 }
 
 // Calls visit(packed byte pointer, block field pointer, bytes) for every scale field of output n, group by group.
@@ -265,8 +276,7 @@ HEADRACE_INLINE void place_block(const Layout& layout, uint8_t* super, uint8_t* 
     for (int g = 0; g < groups; g++) {
         uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         if (layout.apart_bits) {
-            place_without_apart(planes, n, block.codes + 32 * g);
-            place_plane(apart + g * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
+            place_with_apart(planes, apart + g * layout.apart_bytes(), n, block.codes + 32 * g);
             continue;
         }
         place_plane(planes, layout.low_bits, 0, n, block.codes + 32 * g);
@@ -279,8 +289,7 @@ HEADRACE_INLINE void read_placed(const Layout& layout, const uint8_t* super, con
     for (int g = 0; g < groups; g++) {
         const uint8_t* planes = super + (first_group + g) * layout.group_bytes();
         if (layout.apart_bits) {
-            read_without_apart(planes, n, block.codes + 32 * g);
-            read_plane(apart + g * layout.apart_bytes(), layout.apart_bits, 0, n, block.codes + 32 * g);
+            read_with_apart(planes, apart + g * layout.apart_bytes(), n, block.codes + 32 * g);
             continue;
         }
         std::memset(block.codes + 32 * g, 0, 32);
@@ -331,21 +340,30 @@ HEADRACE_INLINE void place_dwords(const Layout& layout, uint8_t* super, int n, i
     }
 }
 
-// What two bits apart of an output's codes may add to its sums, and what the roundings of the sums may: squares of norms.
+// How far the three bits apart of an output's codes may move its sums, and roundings may: see TileSlack and Reach.
 struct Slack {
-    double bits = 0, weights = 0;
+    double bits = 0, weights = 0, greatest = 0;  // squares of norms; of the scales
 
-    // One group, whose greatest weight is `most`. From the middle of their range the bits count 1.5 (0 and 3) or 0.5 (1 and 2).
+    // One group, whose greatest weight is `most`. From the middle of their range the bits count half an odd number, whose square is 1/4 + 2 T:
+    // of T, 0, 1, 3 or 6, there are at most 12 in a byte of two.
     void add(const Block& block, float most) {
-        uint64_t words[4], outer = 0;  // bytes of outer: how many of four codes have equal bits
-        std::memcpy(words, block.codes, sizeof words);
-        for (const uint64_t word : words) outer += ~(word ^ word >> 1) & 0x0101010101010101u;
-        const double d = std::fabs(double(half_to_float(block.d[0]))), size = double(most) + 4 * d;
-        bits += d * d * (32 * 0.25 + 2.0 * double(outer * 0x0101010101010101u >> 56)), weights += 32 * size * size;
+        Bytes sums = {};
+        for (int k = 0; k < 32; k += 16) {
+            const Bytes bits = load_bytes(block.codes + k), away = (bits ^ ((Bytes)((bits & 4) == 0) & 3)) & 3;
+            sums += away + (away >> 1) + (away & away >> 1) * 2;
+        }
+        const Words both = (Words)sums;
+        const double d = std::fabs(double(half_to_float(block.d[0]))), size = double(most) + 8 * d;
+        const uint64_t all = (both[0] * 0x0101010101010101u >> 56) + (both[1] * 0x0101010101010101u >> 56);
+        bits += d * d * (32 * 0.25 + 2.0 * double(all)), weights += 32 * size * size, greatest = std::max(greatest, d);
     }
     // Sums and estimates have at most 3 terms a group, and each term is rounded once for every addition after it and at most 3 times before. The
-    // two err apart, and a term is at most 2 * norm of the weights * norm of its part of x, of which screening_norm covers a quarter.
-    float value(int64_t groups) const { return float((std::sqrt(bits) + std::sqrt(weights) * double(16 * (3 * groups + 8)) * 0x1p-24) * (1 + 0x1p-20)); }
+    // two err apart, and a term is at most 2 * norm of the weights * norm of its part of x, of which Reach covers a quarter.
+    void store(int64_t groups, TileSlack& to, int n) const {
+        const double roundings = std::sqrt(weights) * double(16 * (3 * groups + 8)) * 0x1p-24;
+        to.of_norm[n] = float((std::sqrt(bits) + roundings) * (1 + 0x1p-20));
+        to.of_value[n] = float((3.5 * greatest + roundings) * (1 + 0x1p-20));
+    }
 };
 
 // Groups of 32 inputs in a block of the file.
@@ -384,10 +402,7 @@ void pack_tile(const PackedMatrix& matrix, const uint8_t* source, const int32_t*
         }
         const float step = most / row_steps;
         std::memcpy(packed + 4 * n, &step, 4);
-        if constexpr (layout.apart_bits > 0) {
-            const float value = slack.value(matrix.cols / 32);
-            std::memcpy(packed + 64 + 4 * n, &value, 4);
-        }
+        if constexpr (layout.apart_bits > 0) slack.store(matrix.cols / 32, *reinterpret_cast<TileSlack*>(packed + 64), n);
     }
 }
 
@@ -530,18 +545,41 @@ Activation activation(Recipe recipe, int64_t rows, int64_t cols, void* data) {
     return {recipe, rows, cols, static_cast<uint8_t*>(data), row_size(recipe, cols)};
 }
 
-float screening_norm(const Activation& activation, int64_t row) {
+Reach screening_reach(const Activation& activation, int64_t row) {
     const GroupBlock* blocks = reinterpret_cast<const GroupBlock*>(activation.row(row));
-    double whole = 0, parts = 0;  // squares of the norms of code * scale + offset, and of what is added in parts: codes * scale, and offsets
-    for (int64_t g = 0; g < activation.cols / 32; g++) {
+    const int64_t groups = activation.cols / 32;
+    double squares = 0, parts = 0;  // squares of the norms of code * scale + offset, and of what is added in parts: codes * scale, and offsets
+    double outliers = 0;
+    // The values of which `limit` is not below count for the norm.
+    auto split = [&](double limit) {
+        squares = outliers = 0;
+        for (int64_t g = 0; g < groups; g++) {
+            const double scale = blocks[g].scale, offset = blocks[g].offset;
+            const int most = int(std::clamp(std::floor((limit - offset) / scale), -121.0, 120.0)), least = int(std::clamp(std::ceil((-limit - offset) / scale), -120.0, 121.0));
+            int over = 0, under = 0, sum_over = 0, sum_under = 0, sum = 0, of_codes = 0;
+            for (const int code : blocks[g].codes) {
+                const bool is_over = code > most, is_under = code < least;
+                const int inside = is_over || is_under ? 0 : code;
+                over += is_over, under += is_under, sum_over += is_over ? code : 0, sum_under += is_under ? code : 0;
+                sum += inside, of_codes += inside * inside;
+            }
+            outliers += scale * (sum_over - sum_under) + offset * (over - under);
+            squares += std::max(scale * scale * of_codes + 2 * scale * offset * sum + (32 - over - under) * offset * offset, 0.0);
+        }
+    };
+    for (int64_t g = 0; g < groups; g++) {
         const GroupBlock& block = blocks[g];
-        int32_t sum = 0, squares = 0;
-        for (const int8_t code : block.codes) sum += code, squares += code * code;
-        const double scale = block.scale, offset = block.offset, of_codes = scale * scale * squares;
-        whole += std::max(of_codes + 2 * scale * offset * sum + 32 * offset * offset, 0.0);  // NaN stays NaN
-        parts += std::pow(std::sqrt(of_codes) + std::sqrt(32.0) * std::fabs(offset), 2);
+        int32_t sum = 0, of_codes = 0;
+        for (const int8_t code : block.codes) sum += code, of_codes += code * code;
+        const double scale = block.scale, offset = block.offset;
+        squares += std::max(scale * scale * of_codes + 2 * scale * offset * sum + 32 * offset * offset, 0.0);  // NaN stays NaN
+        parts += std::pow(scale * std::sqrt(double(of_codes)) + std::sqrt(32.0) * std::fabs(offset), 2);
     }
-    return float(std::max(std::sqrt(whole), std::sqrt(parts) / 4) * (1 + 0x1p-20));
+    if (!(squares < 1e30)) return {float(std::sqrt(squares)), 0};
+    // Where one value alone may do less, with its weight's bits as far off as they can be, than it adds to the norm: 3.5 to 2.3 of all weights' bits.
+    for (int round = 0; round < 2; round++) split(3 * std::sqrt(squares / double(activation.cols)));
+    constexpr double up = 1 + 0x1p-20;
+    return {float(std::max(std::sqrt(squares), std::sqrt(parts) / 4 - outliers) * up), float(outliers * up)};
 }
 
 namespace avx512 { extern const Kernels table; }

@@ -26,7 +26,7 @@
 // Then y = acc (+ bias) (+ what y held), each rounded once.
 //
 // Where only the greatest of a row's results is asked for, not all bits of the weights need be read. Q8_0_APART keeps Q8_0's codes with their
-// two lowest bits apart: screen() bounds a tile's results by the other six, and a tile without the greatest need not be multiplied.
+// three lowest bits apart: screen() bounds a tile's results by the other five, and a tile without the greatest need not be multiplied.
 #pragma once
 
 #include <cstddef>
@@ -141,6 +141,16 @@ struct Product {
     const uint8_t* next = nullptr;  // packed tiles that the thread reads after these, for prefetches; null: those that follow in memory
 };
 
+// What bounds how far the bits apart may move a row's sums (Recipe::group, Recipe::shifted). Of what the product takes for x, the norm of most
+// values, as Cauchy and Schwarz have it, and the sum of the few that stand out: of these each counts for what the bits of one weight may be.
+struct Reach {
+    float norm, outliers;
+};
+
+Reach screening_reach(const Activation& activation, int64_t row);
+// Whether no sum overflows, and roundings are relative: sums of smaller x may be denormal. False for a NaN.
+constexpr bool may_screen(Reach reach) { return reach.norm >= 1e-30f && reach.norm + reach.outliers <= 1e12f; }
+
 struct Kernels {
     Isa isa;
     // Row `row` of the activation from x float32 [cols].
@@ -149,16 +159,9 @@ struct Kernels {
     // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
     void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);
     // Of Q8_0_APART, by Recipe::group or Recipe::shifted: false if all sums of these rows and the tile, as multiply() makes them before it adds
-    // anything, are below lower[row]. Raises lower[row] to what a sum of the tile is not below. The bits apart are not read, nor y, bias or
-    // accumulate. norms[row]: screening_norm, for which `may_screen` must hold.
-    bool (*screen)(const Product& product, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower);
+    // anything, are below least[row]. The bits apart are not read, nor y, bias or accumulate. reach[row]: for it `may_screen` must hold.
+    bool (*screen)(const Product& product, int64_t row0, int64_t row1, int64_t tile, const Reach* reach, const float* least);
 };
-
-// How far the bits apart may move a row's sums, as a factor of each output's slack (Recipe::group, Recipe::shifted): by Cauchy and Schwarz, the
-// norm of what the product takes for x. It covers the rounding of sums and bounds too.
-float screening_norm(const Activation& activation, int64_t row);
-// Whether no sum overflows, and roundings are relative: sums of smaller x may be denormal. False for a NaN.
-constexpr bool may_screen(float norm) { return norm >= 1e-30f && norm <= 1e12f; }
 
 // The kernels of an instruction set that runs here (isa_runs).
 const Kernels& kernels(Isa isa);

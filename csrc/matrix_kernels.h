@@ -32,7 +32,7 @@ constexpr int direct_rows = 1;  // more do not fit in the registers, and compile
 constexpr int float_rows = 4, float_tiles = 1;
 #endif
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
-constexpr int apart_ahead = 2048;   // the same of bits apart, beside which three times as many bytes are read
+constexpr int apart_ahead = 3072;   // the same of bits apart, beside which twice as many bytes are read
 constexpr int row_block_groups = 28;  // Recipe::row: groups unpacked at a time
 constexpr int partial_rows = 512;   // Recipe::row: rows whose sums wait between blocks of inputs
 constexpr int float_partial_rows = 256;  // the same of float weights
@@ -94,16 +94,24 @@ inline Codes shifted(Codes a) {
     else return a;
 }
 
-// Quad i of a group with two bits apart: the others, those apart being 0.
+// Quad i of a group with three bits apart: the others, those apart being 0.
 template <int i>
 inline Codes quad_without_apart(const uint8_t* planes) {
-    if constexpr (i < 6) {
-        return load_codes(planes + 64 * i) & all_codes(0xFC);
+    if constexpr (i < 5) {
+        return load_codes(planes + 64 * i) & all_codes(0xF8);
     } else {
-        const uint8_t* from = planes + (i - 6) * 192;
-        const Codes w = merge(left<6>(load_codes(from)) & all_codes(0xC0), left<4>(load_codes(from + 64)), all_codes(0x30));
-        return merge(w, left<2>(load_codes(from + 128)), all_codes(0x0C));
+        const Codes w = left<5>(load_codes(planes + 64 * (i - 5))) & all_codes(0xE0), fourth = load_codes(planes + 192), fifth = load_codes(planes + 256);
+        if constexpr (i < 7) return merge(w, left<2>(i == 5 ? fourth : fifth), all_codes(0x18));
+        else return merge(merge(w, left<4>(fourth), all_codes(0x10)), left<3>(fifth), all_codes(0x08));
     }
+}
+
+// The same with those apart.
+template <int i>
+inline Codes quad_with_apart(const uint8_t* planes, const uint8_t* apart) {
+    const Codes w = quad_without_apart<i>(planes);
+    if constexpr (i < 6) return merge(w, shifted<-(i / 3 * 3)>(load_codes(apart + i % 3 * 64)), all_codes(7));
+    else return merge(merge(w, right<6>(load_codes(apart + (i - 6) * 64)), all_codes(3)), right<i - 2>(load_codes(apart + 128)), all_codes(4));
 }
 
 // Quad i of a group: for each of 16 outputs the codes of inputs 4i to 4i + 3. `apart`: of formats with bits apart, the group's.
@@ -111,7 +119,7 @@ template <Format format, int i>
 inline Codes quad(const uint8_t* planes, const uint8_t* apart) {
     constexpr Layout layout = layout_of(format);
     constexpr int bits = layout.low_bits;
-    if constexpr (layout.apart_bits > 0) return merge(quad_without_apart<i>(planes), shifted<-(i / 2 * 2)>(load_codes(apart + i % 2 * 64)), all_codes(3));
+    if constexpr (layout.apart_bits > 0) return quad_with_apart<i>(planes, apart);
     Codes w;
     if constexpr (bits == 8) w = load_codes(planes + 64 * i);
     else w = shifted<-(i / bits * bits)>(load_codes(planes + i % bits * 64)) & all_codes((1 << bits) - 1);
@@ -320,38 +328,38 @@ void multiply_direct(const Product& p, int64_t row0, int64_t row1, int64_t tile0
 }
 
 template <Format format, bool shifted, int R>
-__attribute__((noinline)) bool screen_rows(const Product& p, int64_t row, int64_t tile, const float* norms, float* lower) {
+__attribute__((noinline)) bool screen_rows(const Product& p, int64_t row, int64_t tile, const Reach* reach, const float* least) {
     const PackedMatrix& w = *p.weight;
     const uint8_t* from = w.data + size_t(tile) * w.tile_bytes;
     const int count = int(std::min(tile_rows, w.rows - tile * tile_rows));
-    const Floats slack = load((const float*)(from + 64));
+    const TileSlack& slack = *reinterpret_cast<const TileSlack*>(from + 64);
+    const Floats of_norm = load(slack.of_norm), of_value = load(slack.of_value);
     bool found = false;
     direct_tile<format, shifted, true, R>(from, nullptr, tile_after(p, tile, tile + 1), w.cols / 32, p.x->row(row), p.x->row_bytes, [&](int r, Floats sum) {
-        const Floats margin = slack * all(norms[row + r]), above = sum + margin, below = sum - margin;
-        float most = greatest(above), least = greatest(below);
+        const Floats above = sum + fused(of_norm, all(reach[row + r].norm), of_value * all(reach[row + r].outliers));
+        float most = greatest(above);
         if (count < kLanes) {
-            alignas(64) float each_above[kLanes], each_below[kLanes];
-            store(each_above, above), store(each_below, below);
-            most = *std::max_element(each_above, each_above + count), least = *std::max_element(each_below, each_below + count);
+            alignas(64) float each[kLanes];
+            store(each, above);
+            most = *std::max_element(each, each + count);
         }
-        found |= !(most < lower[row + r]);
-        lower[row + r] = std::max(lower[row + r], least);
+        found |= !(most < least[row + r]);
     });
     return found;
 }
 
 template <Format format, bool shifted>
-bool screen_tile(const Product& p, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower) {
+bool screen_tile(const Product& p, int64_t row0, int64_t row1, int64_t tile, const Reach* reach, const float* least) {
     bool found = false;
     even_pieces(row1 - row0, direct_rows, [&](int64_t first, int64_t count) {
-        with_rows<direct_rows>(int(count), [&]<int R>() { found |= screen_rows<format, shifted, R>(p, row0 + first, tile, norms, lower); });
+        with_rows<direct_rows>(int(count), [&]<int R>() { found |= screen_rows<format, shifted, R>(p, row0 + first, tile, reach, least); });
     });
     return found;
 }
 
-bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const float* norms, float* lower) {
+bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const Reach* reach, const float* least) {
     const auto of_recipe = p.x->recipe == Recipe::shifted ? screen_tile<Format::Q8_0_APART, true> : screen_tile<Format::Q8_0_APART, false>;
-    return of_recipe(p, row0, row1, tile, norms, lower);
+    return of_recipe(p, row0, row1, tile, reach, least);
 }
 
 // ---- many rows

@@ -181,7 +181,7 @@ struct Screening {
     static constexpr int kLongest = 1024;
     int pause = 0;   // steps that are not screened, because it did not pay
     int length = 1;  // of the next pause: twice the last one's, until it pays again
-    // What the best of each row is not below, as far as any thread knows. A raise that another overwrites costs time alone.
+    // The best of each row among the tiles that were multiplied, as far as any thread knows. A raise that another overwrites costs time alone.
     std::atomic<float> least[kScreenedRows];
 
     Screening() { forget(); }

@@ -182,21 +182,20 @@ def tile_maxima(values: np.ndarray) -> np.ndarray:
 def test_screening_loses_no_best(isa: str, recipe: str, seed: int, cols: int, worst: bool) -> None:
     rows, count = 150, 5
     source, x = blocks("Q8_0", rows, cols, seed), activations(count, cols, seed)
-    if worst:  # for the first row of x all the bits apart move the products up, or all of them down, as far as they can
+    if worst:  # for the first rows of x all the bits apart move the products up, or all of them down, as far as they can
         x[0] = np.where(x[0] > 0, 1, -1)
+        x[1] = np.where(np.arange(cols) % 29 == seed % 29, 100, 1) * x[0]  # some stand out
         each = source.reshape(rows, -1, 34)
         each[:, :, :2] = np.array([0.02], np.float16).view(np.uint8)
         up = (x[0].reshape(-1, 32) > 0) ^ (np.arange(rows) % 2 == 0)[:, None, None]
-        each[:, :, 2:] = (each[:, :, 2:] & 0xFC) | np.where(up, 3, 0)
+        each[:, :, 2:] = (each[:, :, 2:] & 0xF8) | np.where(up, 7, 0)
     sums = tile_maxima(product(isa, "Q8_0", rows, source, x, recipe))
     for at_once in (1, count):
-        kept, raised = NATIVE.matrix_screening(isa, recipe, rows, source, x, np.full_like(sums, -np.inf), at_once)
-        assert kept.all() and (raised <= sums).all()
-        kept, _ = NATIVE.matrix_screening(isa, recipe, rows, source, x, sums, at_once)
+        kept = NATIVE.matrix_screening(isa, recipe, rows, source, x, sums, at_once)
         assert kept.all()  # nothing is spared that equals the best
     weights = np.linalg.norm(recipes.read_blocks("Q8_0", source, rows, cols).values(), axis=1)
     far = sums + 0.1 * np.linalg.norm(x, axis=1, keepdims=True) * tile_maxima(weights[None]) + np.float32(1e-9)
-    kept, _ = NATIVE.matrix_screening(isa, recipe, rows, source, x, far, 1)
+    kept = NATIVE.matrix_screening(isa, recipe, rows, source, x, far, 1)
     assert not kept.any()  # and what is far from it is
 
 

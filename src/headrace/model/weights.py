@@ -199,12 +199,12 @@ def step_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) ->
 
 def spared_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> int:
     """Bytes of `step_bytes` that the native set may leave unread where `rows` sequences ask for their best token alone:
-    the two lowest bits of a Q8_0 head (see csrc/matrix.h)."""
+    the three lowest bits of a Q8_0 head (see csrc/matrix.h)."""
     field = _screened_field(spec)
     if field is None or rows > SCREENED_ROWS:
         return 0
     tensor = source.tensors[table_name(family_of(source).layout(source, spec), field)]
-    return spec.vocab_size * spec.dim // 4 if tensor.type.name == "Q8_0" else 0
+    return spec.vocab_size * spec.dim * 3 // 8 if tensor.type.name == "Q8_0" else 0
 
 
 def layer_bytes(source: GGUFFile | Checkpoint, spec: ModelSpec, rows: int = 1) -> tuple[int, ...]:
