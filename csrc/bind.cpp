@@ -212,6 +212,8 @@ class PyProgram {
         instruction->input = input(x, before, gathered);
         for (const auto& [weight, bias, out, accumulate] : parts) instruction->parts.push_back(weighted(instruction->input, weight, bias, out, accumulate, recipe));
         need(instruction->input);
+        Instruction* const maker = program_->last();
+        instruction->input.made_ready = maker && instruction->input.may_be_made_ready() && maker->make_ready_for(instruction->input);
         program_->add(std::move(instruction));
     }
 

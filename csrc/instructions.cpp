@@ -54,9 +54,14 @@ void Transform::apply(const RowKernels& kernels, const float* x, int n, float* y
 
 // ---- products
 
-std::vector<Activation> ProductInput::prepare(Program& program, const Step& step, Worker& worker) const {
+bool ProductInput::may_be_made_ready() const {
+    auto of_groups = [](Recipe recipe) { return recipe == Recipe::group || recipe == Recipe::shifted; };
+    return !gathered && before.kind == Transform::Kind::nothing && std::all_of(recipes.begin(), recipes.end(), of_groups);
+}
+
+std::vector<Activation> ProductInput::room(Program& program, const Worker& worker) const {
     const Range team = rows(program, worker);
-    const bool own = team.count() <= kPrivateRows;
+    const bool own = team.count() <= kPrivateRows && !made_ready;
     std::vector<Activation> out;
     uint8_t* memory = own ? program.scratch(worker).activations : program.activations(team.first);
     for (Recipe recipe : recipes) {
@@ -64,6 +69,22 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
         memory += aligned(activation_bytes(recipe, team.count(), cols));
         out.back().data -= team.first * out.back().row_bytes;  // found by the step's row
     }
+    return out;
+}
+
+MadeReady::MadeReady(const ProductInput* reader, Program& program, const Worker& worker) : kernels_(program.matrix) {
+    if (reader && reader->rows(program, worker).count() <= kPrivateRows) room_ = reader->room(program, worker);
+}
+
+void MadeReady::put(const float* values, int row, int column, int count) const {
+    for (const Activation& activation : room_) kernels_.quantise_groups(activation, row, column / 32, count / 32, values);
+}
+
+std::vector<Activation> ProductInput::prepare(Program& program, const Step& step, Worker& worker) const {
+    const Range team = rows(program, worker);
+    const bool few = team.count() <= kPrivateRows;
+    std::vector<Activation> out = room(program, worker);
+    if (few && made_ready) return out;
     const Slot& from = program.slot(x);
     auto prepare_row = [&](int row) {
         const float* values = from.row(gathered ? step.logit_rows[size_t(row)] : row);
@@ -74,7 +95,7 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
         }
         for (const Activation& activation : out) program.matrix.quantise_row(activation, row, values);
     };
-    if (own) {
+    if (few) {
         for (int row = team.first; row < team.past; ++row) prepare_row(row);
     } else {
         each_row(team, worker, prepare_row);
@@ -130,6 +151,7 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& to = program.slot(out);
+    const MadeReady made(reader, program, worker);
     const int all = int(gate.weight->matrix.tiles()), rows_at_once = rows_of_block(rows.count(), activations, kGatedRows, all, worker.count());
     const int tiles_at_once = std::min(kGatedTiles, kGatedFloats / (rows_at_once * int(tile_rows)) / 2 * 2);
     const int64_t ld = tiles_at_once * tile_rows;
@@ -143,8 +165,10 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
         };
         multiply(gate, gates, up.weight->tile(first));
         multiply(up, ups, next >= 0 ? gate.weight->tile(next) : weights_after(worker));
-        for (int r = row; r < past_row; ++r)
+        for (int r = row; r < past_row; ++r) {
             program.rows_of.glu(activation, gates + (r - row) * ld, ups + (r - row) * ld, columns, to.row(r) + column);
+            made.put(to.row(r) + column, r, column, columns);
+        }
     });
 }
 

@@ -37,11 +37,28 @@ struct ProductInput {
     bool gathered = false;  // rows are step.logit_rows of x
     Transform before;
     std::vector<Recipe> recipes;
+    bool made_ready = false;  // few rows are prepared by the instruction before, where it makes them
 
     RowSpace space(const Program& program) const { return gathered ? RowSpace::logits : program.slot(x).space; }
     Range rows(const Program& program, const Worker& worker) const { return gathered ? worker.logits : program.range(worker, x); }
     // Prepares the team's rows; returns one activation a recipe. Ends with a barrier if the work was shared.
     std::vector<Activation> prepare(Program& program, const Step& step, Worker& worker) const;
+    // Room for the team's prepared rows, one activation a recipe.
+    std::vector<Activation> room(Program& program, const Worker& worker) const;
+    bool may_be_made_ready() const;
+};
+
+// Where an instruction prepares what it makes for the products after it: few rows, all of whose threads would else prepare all of them.
+class MadeReady {
+  public:
+    // `reader`: null if there is none.
+    MadeReady(const ProductInput* reader, Program& program, const Worker& worker);
+    // Values of a row, made: `count` from a column on, both multiples of 32.
+    void put(const float* values, int row, int column, int count) const;
+
+  private:
+    const Kernels& kernels_;
+    std::vector<Activation> room_;  // empty where nothing is to be done
 };
 
 struct Weighted {
@@ -75,12 +92,14 @@ struct Gated : Instruction {
     Weighted gate, up;
     ActivationKind activation;
     SlotId out;
+    const ProductInput* reader = nullptr;  // MadeReady
 
     static size_t tile_floats();  // of Scratch::tile
     void run(Program& program, Step& step, Worker& worker) const override;
     const uint8_t* reads_first(const Worker& worker) const override;
     RowSpace space(const Program& program) const override { return input.space(program); }
     double row_cost() const override { return gate.row_cost() + up.row_cost(); }
+    bool make_ready_for(const ProductInput& next) override { return next.x == out && (reader = &next); }
 };
 
 // Logits of the input's rows, and the tokens that they choose.
@@ -175,13 +194,15 @@ struct Attention : Instruction {
     int window;
     float softcap;
     const float* slopes = nullptr;  // [heads]
+    const ProductInput* reader = nullptr;  // MadeReady
 
+    bool make_ready_for(const ProductInput& next) override { return next.x == out && pool->layout.head_dim % 32 == 0 && (reader = &next); }
     void run(Program& program, Step& step, Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::all; }
     double key_cost() const override { return 4.0 * heads * pool->layout.head_dim; }
 
   private:
-    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead) const;
+    void attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead, const MadeReady& made) const;
     void write(Program& program, const Step& step, Worker& worker, int row, int kv_head) const;
 };
 

@@ -112,8 +112,8 @@ class Lead {
 
 namespace {
 
-// Runs a unit's blocks; the last thread to end a block of queries that were split over blocks merges them.
-void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan, const AttentionPlan::Unit& unit, const AttentionCall& call, const Queries& queries,
+// Runs a unit's blocks; the last thread to end a block of queries that were split over blocks merges them. Returns whether the results are there.
+bool run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan, const AttentionPlan::Unit& unit, const AttentionCall& call, const Queries& queries,
               Lead& lead) {
     const KvLayout& layout = *call.layout;
     const AttentionKernels& kernels = attention_kernels(program.isa, layout.type);
@@ -131,11 +131,12 @@ void run_unit(Program& program, Worker& worker, const AttentionPlan::Part& plan,
         const AttentionPlan::Join& join = plan.joins[size_t(unit.join)];
         auto part = [&](int i) { return program.partial(join.first_partial + i); };
         partial(first_block, part(first_block - join.first_block));
-        if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return;
+        if (program.joined(unit.join).fetch_add(1, std::memory_order_acq_rel) + 1 < join.blocks) return false;
         program.joined(unit.join).store(0, std::memory_order_relaxed);
         for (int i = 0; i < join.blocks; ++i) merge(part(i), i == 0);
     }
     kernels.finish(scratch.state, unit.count, layout.dim, layout.head_dim, queries.results);
+    return true;
 }
 
 }  // namespace
@@ -158,11 +159,12 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     if (count == 0) return;
     const Step::Group& places = step.groups[size_t(group)];
     Lead lead(*pool, layer, places.pages.data(), places.width, units.units);
+    const MadeReady made(reader, program, worker);
     each_stretch(1, count, count, worker, [&](int, int first, int past, int next) {
         if (units.single) lead.go_on(first, past, next);
         for (int unit = first; unit < past; ++unit) {
             if (!units.single) lead.go_on(unit, unit + 1, -1);  // units of many queries: their time is not memory's, and the next has the same keys
-            attend(program, step, worker, units, unit, lead);
+            attend(program, step, worker, units, unit, lead, made);
         }
     });
 }
@@ -179,7 +181,7 @@ void Attention::write(Program& program, const Step& step, Worker& worker, int ro
     attention_kernels(program.isa, layout.type).store(layout, pool->tile(layer, kv_head, slot), int(slot % kTile), key, value);
 }
 
-void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead) const {
+void Attention::attend(Program& program, const Step& step, Worker& worker, const AttentionPlan::Part& plan, int index, Lead& lead, const MadeReady& made) const {
     const AttentionPlan::Unit& unit = plan.units[size_t(index)];
     const KvLayout& layout = pool->layout;
     const Slot &vectors = program.slot(q), &to = program.slot(out);
@@ -202,7 +204,11 @@ void Attention::attend(Program& program, const Step& step, Worker& worker, const
     if (plan.single && k >= 0 && unit.past == queries.positions[0] + 1) write(program, step, worker, first_row, unit.kv_head);
 
     const AttentionCall call{&layout, scale, window, softcap, slopes ? queries.slopes : nullptr};
-    run_unit(program, worker, plan, unit, call, queries, lead);
+    if (!run_unit(program, worker, plan, unit, call, queries, lead)) return;
+    for (int i = 0; i < unit.count; ++i) {
+        const int query = unit.first_query + i;
+        made.put(queries.results[i], first_row + query / a_row, (unit.kv_head * a_row + query % a_row) * layout.head_dim, layout.head_dim);
+    }
 }
 
 void Bidirectional::run(Program& program, Step& step, Worker& worker) const {

@@ -155,6 +155,8 @@ struct Kernels {
     Isa isa;
     // Row `row` of the activation from x float32 [cols].
     void (*quantise_row)(const Activation& activation, int64_t row, const float* x);
+    // The same of groups [first, first + count) alone, from x float32 [32 * count] (Recipe::group, Recipe::shifted).
+    void (*quantise_groups)(const Activation& activation, int64_t row, int64_t first, int64_t count, const float* x);
     // y[row0..row1) for the outputs of tiles [tile0, tile1). No memory is allocated; less than 128 KiB of stack is used. Best cut: few rows,
     // split the tiles; many rows, split either way, in pieces of at least 32 rows and 2 tiles.
     void (*multiply)(const Product& product, int64_t row0, int64_t row1, int64_t tile0, int64_t tile1);

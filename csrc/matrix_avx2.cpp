@@ -3,5 +3,5 @@
 
 namespace headrace::avx2 {
 extern const Kernels table;
-const Kernels table{Isa::avx2, quantise_row, multiply, screen};
+const Kernels table{Isa::avx2, quantise_row, quantise_groups, multiply, screen};
 }  // namespace headrace::avx2

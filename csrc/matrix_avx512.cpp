@@ -3,5 +3,5 @@
 
 namespace headrace::avx512 {
 extern const Kernels table;
-const Kernels table{Isa::avx512, quantise_row, multiply, screen};
+const Kernels table{Isa::avx512, quantise_row, quantise_groups, multiply, screen};
 }  // namespace headrace::avx512

@@ -810,10 +810,9 @@ inline Floats group_scales(Floats sizes) {
 }
 
 template <bool shifted>
-void quantise_group_row(const Activation& a, int64_t row, const float* x) {
-    GroupBlock* blocks = reinterpret_cast<GroupBlock*>(a.row(row));
+void quantise_blocks(GroupBlock* blocks, int64_t groups, const float* x) {
     const Floats most = all(group_code_limit), least = all(-group_code_limit);
-    for (int64_t groups = a.cols / 32; groups > 0; groups -= kLanes, blocks += kLanes, x += 32 * kLanes) {
+    for (; groups > 0; groups -= kLanes, blocks += kLanes, x += 32 * kLanes) {
         const int count = int(std::min<int64_t>(groups, kLanes));
         Floats sizes = zero(), middles = zero();
         for (int g = 0; g < count; g++) {
@@ -875,10 +874,15 @@ inline void copy_row(const Activation& a, int64_t row, const float* x) {
     std::memset(a.row(row) + a.cols * 4, 0, size_t(a.row_bytes - a.cols * 4));
 }
 
+void quantise_groups(const Activation& a, int64_t row, int64_t first, int64_t count, const float* x) {
+    GroupBlock* blocks = reinterpret_cast<GroupBlock*>(a.row(row)) + first;
+    if (a.recipe == Recipe::shifted) quantise_blocks<true>(blocks, count, x);
+    else quantise_blocks<false>(blocks, count, x);
+}
+
 void quantise_row(const Activation& a, int64_t row, const float* x) {
     switch (a.recipe) {
-        case Recipe::group: return quantise_group_row<false>(a, row, x);
-        case Recipe::shifted: return quantise_group_row<true>(a, row, x);
+        case Recipe::group: case Recipe::shifted: return quantise_groups(a, row, 0, a.cols / 32, x);
         case Recipe::row: return quantise_whole_row(a, row, x);
         case Recipe::bf16: return round_row(a, row, x);
         case Recipe::f32: return copy_row(a, row, x);

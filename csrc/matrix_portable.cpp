@@ -3,5 +3,5 @@
 
 namespace headrace::portable {
 extern const Kernels table;
-const Kernels table{Isa::portable, quantise_row, multiply, screen};
+const Kernels table{Isa::portable, quantise_row, quantise_groups, multiply, screen};
 }  // namespace headrace::portable

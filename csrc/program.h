@@ -197,6 +197,7 @@ struct Screening {
 };
 
 class Program;
+struct ProductInput;
 
 class Instruction {
   public:
@@ -215,6 +216,8 @@ class Instruction {
     virtual const uint8_t* reads_first(const Worker&) const { return nullptr; }
     // True if it waits for other ranks.
     virtual bool waits() const { return false; }
+    // From now on prepares what it makes for the products of the next instruction, if it can (MadeReady); `reader` lives as long as it does.
+    virtual bool make_ready_for(const ProductInput&) { return false; }
 
     const Instruction* next = nullptr;  // of the program, whose first one follows its last
     // The packed weights that a thread reads after this instruction's, as far as is known.
@@ -253,6 +256,7 @@ class Program {
     void need_tile(size_t floats) { tile_floats_ = std::max(tile_floats_, floats); }
     void finish(SlotId hidden, SlotId output);  // -1: none
     size_t instructions() const { return instructions_.size(); }
+    Instruction* last() { return instructions_.empty() ? nullptr : instructions_.back().get(); }
 
     // ---- running
     // Checks and queues a step; throws std::invalid_argument.
