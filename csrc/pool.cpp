@@ -27,8 +27,8 @@ void pause_cpu() {
 // Waiting inside a job: the others are microseconds away, unless a core was taken from one of them; then spinning would keep it away, and
 // yielding again and again give up this thread's share of a core that others want too.
 constexpr int kSpins = 512;
-// Where a thread is known to be on its way, from sleep: that takes tens of microseconds where cores are virtual.
-constexpr int kSpinsOfWoken = 4096;
+// Where a thread may come late: from sleep, which takes tens of microseconds where cores are virtual, or from work apart from the others.
+constexpr int kSpinsOfLate = 4096;
 // Waiting between jobs: longer than the host needs between two steps, short enough not to burn an idle machine.
 constexpr auto kIdle = std::chrono::microseconds(200);
 // What a job gave goes on through other threads: host, server, client. For the scheduler, one of them that another preempted has had its
@@ -109,9 +109,9 @@ void Worker::barrier() {
     if (carried_) give_way();
 }
 
-void Worker::meet() { meet(kSpins); }
+void Worker::meet() { meet(apart() ? kSpinsOfLate : kSpins); }
 
-void Worker::meet_woken() { meet(kSpinsOfWoken); }
+void Worker::meet_woken() { meet(kSpinsOfLate); }
 
 void Worker::meet(int spins) {
     first_ = index - first_of_team();
