@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 from tests.tiny import write_tiny
 
 from headrace.formats import hub
+
+# Shells start what they leave in the background with Ctrl-C ignored, which the commands that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

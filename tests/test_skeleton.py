@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import graphlib
 import os
 import re
@@ -40,13 +41,23 @@ def commands(kind: list[str]) -> list[str]:
     return [line for info, body in BLOCKS if info == kind for line in body.strip().splitlines()]
 
 
+def parsed(path: Path) -> ast.Module:
+    """A module's syntax tree. Python 3.11 fails (gh-106905) where what it parses is interrupted to collect garbage, and
+    other threads parse meanwhile."""
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+
+
 def imports(module: str, everywhere: bool) -> set[str]:
     """Modules of headrace that a module imports when it is loaded, or everywhere: in functions, and for types alone."""
     base = PACKAGE.parent / Path(*module.split("."))
     is_package = base.is_dir()
     path = base / "__init__.py" if is_package else base.with_suffix(".py")
     found: set[str] = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
