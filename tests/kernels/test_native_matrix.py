@@ -182,7 +182,7 @@ def tile_maxima(values: np.ndarray) -> np.ndarray:
 def test_screening_loses_no_best(isa: str, recipe: str, seed: int, cols: int, worst: bool) -> None:
     rows, count = 150, 5
     source, x = blocks("Q8_0", rows, cols, seed), activations(count, cols, seed)
-    if worst:  # for the first rows of x all the bits apart move the products up, or all of them down, as far as they can
+    if worst:  # for the first rows of x all the bits apart move the products up, or all of them down, all the way
         x[0] = np.where(x[0] > 0, 1, -1)
         x[1] = np.where(np.arange(cols) % 29 == seed % 29, 100, 1) * x[0]  # some stand out
         each = source.reshape(rows, -1, 34)
