@@ -379,7 +379,7 @@ static_assert(group_code_limit + 8 == 128 && 2 * group_code_limit + 15 <= 255);
 template <Format format>
 struct GroupOfTiles {
     Codes w[2][8];           // quads; W and V of those in a pair
-    Ints minus_products[2];  // - V W of all pairs
+    Ints products[2];        // V W of all pairs
     Floats d[2][2], m[2][2], whole[2];
 };
 
@@ -403,7 +403,7 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
                 products.v = _mm512_dpbusd_epi32(products.v, with_w, with_v);
                 w[i].v = with_w, w[i + 1].v = with_v;
             }
-            to.minus_products[t] = all_ints(0) - products;
+            to.products[t] = products;
         }
     }
 }
@@ -430,7 +430,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
         for (int r = 0; r < R; r++) {
             if constexpr (layout.nibbles()) {
                 const __m512i of_row = broadcast(&block(r).winograd);
-                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_add_epi32(group.minus_products[t].v, of_row);
+                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_sub_epi32(of_row, group.products[t].v);
             } else {
                 sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
             }
