@@ -59,9 +59,9 @@ bool ProductInput::may_be_made_ready() const {
     return !gathered && before.kind == Transform::Kind::nothing && std::all_of(recipes.begin(), recipes.end(), of_groups);
 }
 
-std::vector<Activation> ProductInput::room(Program& program, const Worker& worker) const {
+std::vector<Activation> ProductInput::room(Program& program, const Step& step, const Worker& worker) const {
     const Range team = rows(program, worker);
-    const bool own = team.count() <= kPrivateRows && !made_ready;
+    const bool own = team.count() <= kPrivateRows && !is_made_ready(program, step);
     std::vector<Activation> out;
     uint8_t* memory = own ? program.scratch(worker).activations : program.activations(team.first);
     for (Recipe recipe : recipes) {
@@ -72,8 +72,8 @@ std::vector<Activation> ProductInput::room(Program& program, const Worker& worke
     return out;
 }
 
-MadeReady::MadeReady(const ProductInput* reader, Program& program, const Worker& worker) : kernels_(program.matrix) {
-    if (reader && reader->rows(program, worker).count() <= kPrivateRows) room_ = reader->room(program, worker);
+MadeReady::MadeReady(const ProductInput* reader, Program& program, const Step& step, const Worker& worker) : kernels_(program.matrix) {
+    if (reader && reader->is_made_ready(program, step)) room_ = reader->room(program, step, worker);
 }
 
 void MadeReady::put(const float* values, int row, int column, int count) const {
@@ -82,9 +82,8 @@ void MadeReady::put(const float* values, int row, int column, int count) const {
 
 std::vector<Activation> ProductInput::prepare(Program& program, const Step& step, Worker& worker) const {
     const Range team = rows(program, worker);
-    const bool few = team.count() <= kPrivateRows;
-    std::vector<Activation> out = room(program, worker);
-    if (few && made_ready) return out;
+    std::vector<Activation> out = room(program, step, worker);
+    if (is_made_ready(program, step)) return out;
     const Slot& from = program.slot(x);
     auto prepare_row = [&](int row) {
         const float* values = from.row(gathered ? step.logit_rows[size_t(row)] : row);
@@ -95,7 +94,7 @@ std::vector<Activation> ProductInput::prepare(Program& program, const Step& step
         }
         for (const Activation& activation : out) program.matrix.quantise_row(activation, row, values);
     };
-    if (few) {
+    if (team.count() <= kPrivateRows) {
         for (int row = team.first; row < team.past; ++row) prepare_row(row);
     } else {
         each_row(team, worker, prepare_row);
@@ -151,7 +150,7 @@ void Gated::run(Program& program, Step& step, Worker& worker) const {
     const Range rows = input.rows(program, worker);
     const std::vector<Activation> activations = input.prepare(program, step, worker);
     const Slot& to = program.slot(out);
-    const MadeReady made(reader, program, worker);
+    const MadeReady made(reader, program, step, worker);
     const int all = int(gate.weight->matrix.tiles()), rows_at_once = rows_of_block(rows.count(), activations, kGatedRows, all, worker.count());
     const int tiles_at_once = std::min(kGatedTiles, kGatedFloats / (rows_at_once * int(tile_rows)) / 2 * 2);
     const int64_t ld = tiles_at_once * tile_rows;

@@ -37,22 +37,24 @@ struct ProductInput {
     bool gathered = false;  // rows are step.logit_rows of x
     Transform before;
     std::vector<Recipe> recipes;
-    bool made_ready = false;  // few rows are prepared by the instruction before, where it makes them
+    bool made_ready = false;  // a step's few rows are prepared by the instruction before, where it makes them
 
     RowSpace space(const Program& program) const { return gathered ? RowSpace::logits : program.slot(x).space; }
     Range rows(const Program& program, const Worker& worker) const { return gathered ? worker.logits : program.range(worker, x); }
     // Prepares the team's rows; returns one activation a recipe. Ends with a barrier if the work was shared.
     std::vector<Activation> prepare(Program& program, const Step& step, Worker& worker) const;
     // Room for the team's prepared rows, one activation a recipe.
-    std::vector<Activation> room(Program& program, const Worker& worker) const;
+    std::vector<Activation> room(Program& program, const Step& step, const Worker& worker) const;
     bool may_be_made_ready() const;
+    // Of all the step's rows, since the team that makes them and the one that reads them may differ: of few rows no thread has its own.
+    bool is_made_ready(const Program& program, const Step& step) const { return made_ready && program.rows(step, x) <= kPrivateRows; }
 };
 
-// Where an instruction prepares what it makes for the products after it: few rows, all of whose threads would else prepare all of them.
+// Where an instruction prepares what it makes for the products after it: few rows, which every thread would else prepare for itself.
 class MadeReady {
   public:
     // `reader`: null if there is none.
-    MadeReady(const ProductInput* reader, Program& program, const Worker& worker);
+    MadeReady(const ProductInput* reader, Program& program, const Step& step, const Worker& worker);
     // Values of a row, made: `count` from a column on, both multiples of 32.
     void put(const float* values, int row, int column, int count) const;
 
@@ -99,7 +101,7 @@ struct Gated : Instruction {
     const uint8_t* reads_first(const Worker& worker) const override;
     RowSpace space(const Program& program) const override { return input.space(program); }
     double row_cost() const override { return gate.row_cost() + up.row_cost(); }
-    bool make_ready_for(const ProductInput& next) override { return next.x == out && (reader = &next); }
+    bool make_ready_for(const ProductInput& input) override { return input.x == out && (reader = &input); }
 };
 
 // Logits of the input's rows, and the tokens that they choose.
@@ -196,7 +198,7 @@ struct Attention : Instruction {
     const float* slopes = nullptr;  // [heads]
     const ProductInput* reader = nullptr;  // MadeReady
 
-    bool make_ready_for(const ProductInput& next) override { return next.x == out && pool->layout.head_dim % 32 == 0 && (reader = &next); }
+    bool make_ready_for(const ProductInput& input) override { return input.x == out && pool->layout.head_dim % 32 == 0 && (reader = &input); }
     void run(Program& program, Step& step, Worker& worker) const override;
     RowSpace space(const Program&) const override { return RowSpace::all; }
     double key_cost() const override { return 4.0 * heads * pool->layout.head_dim; }

@@ -159,7 +159,7 @@ void Attention::run(Program& program, Step& step, Worker& worker) const {
     if (count == 0) return;
     const Step::Group& places = step.groups[size_t(group)];
     Lead lead(*pool, layer, places.pages.data(), places.width, units.units);
-    const MadeReady made(reader, program, worker);
+    const MadeReady made(reader, program, step, worker);
     each_stretch(1, count, count, worker, [&](int, int first, int past, int next) {
         if (units.single) lead.go_on(first, past, next);
         for (int unit = first; unit < past; ++unit) {

@@ -342,14 +342,15 @@ HEADRACE_INLINE void place_dwords(const Layout& layout, uint8_t* super, int n, i
 
 // How far the three bits apart of an output's codes may move its sums, and roundings may: see TileSlack and Reach.
 struct Slack {
-    double bits = 0, weights = 0, greatest = 0;  // squares of norms; of the scales
+    double bits = 0, weights = 0;  // squares of norms
+    double greatest = 0;           // of |d|
 
     // One group, whose greatest weight is `most`. From the middle of their range the bits count half an odd number, whose square is 1/4 + 2 T:
     // of T, 0, 1, 3 or 6, there are at most 12 in a byte of two.
     void add(const Block& block, float most) {
         Bytes sums = {};
         for (int k = 0; k < 32; k += 16) {
-            const Bytes bits = load_bytes(block.codes + k), away = (bits ^ ((Bytes)((bits & 4) == 0) & 3)) & 3;
+            const Bytes codes = load_bytes(block.codes + k), away = (codes ^ ((Bytes)((codes & 4) == 0) & 3)) & 3;
             sums += away + (away >> 1) + (away & away >> 1) * 2;
         }
         const Words both = (Words)sums;
@@ -550,7 +551,7 @@ Reach screening_reach(const Activation& activation, int64_t row) {
     const int64_t groups = activation.cols / 32;
     double squares = 0, parts = 0;  // squares of the norms of code * scale + offset, and of what is added in parts: codes * scale, and offsets
     double outliers = 0;
-    // The values of which `limit` is not below count for the norm.
+    // Values of at most `limit` in size count for the norm, greater ones as outliers.
     auto split = [&](double limit) {
         squares = outliers = 0;
         for (int64_t g = 0; g < groups; g++) {
@@ -576,7 +577,8 @@ Reach screening_reach(const Activation& activation, int64_t row) {
         parts += std::pow(scale * std::sqrt(double(of_codes)) + std::sqrt(32.0) * std::fabs(offset), 2);
     }
     if (!(squares < 1e30)) return {float(std::sqrt(squares)), 0};
-    // Where one value alone may do less, with its weight's bits as far off as they can be, than it adds to the norm: 3.5 to 2.3 of all weights' bits.
+    // A weight's bits are off by 3.5 at most and by 2.3 in the mean. So an outlier costs 3.5 of its size, and in the norm about 2.3 / 2 of its
+    // square over the mean (of squares, rooted): the same at 3 times that mean.
     for (int round = 0; round < 2; round++) split(3 * std::sqrt(squares / double(activation.cols)));
     constexpr double up = 1 + 0x1p-20;
     return {float(std::max(std::sqrt(squares), std::sqrt(parts) / 4 - outliers) * up), float(outliers * up)};

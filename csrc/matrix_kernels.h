@@ -32,7 +32,7 @@ constexpr int direct_rows = 1;  // more do not fit in the registers, and compile
 constexpr int float_rows = 4, float_tiles = 1;
 #endif
 constexpr int fetch_ahead = 6144;   // bytes: what a core reads while a line is on its way
-constexpr int apart_ahead = 3072;   // the same of bits apart, beside which twice as many bytes are read
+constexpr int apart_ahead = 3072;   // the same of bits apart, beside which almost twice as many bytes are read
 constexpr int row_block_groups = 28;  // Recipe::row: groups unpacked at a time
 constexpr int partial_rows = 512;   // Recipe::row: rows whose sums wait between blocks of inputs
 constexpr int float_partial_rows = 256;  // the same of float weights
@@ -337,13 +337,7 @@ __attribute__((noinline)) bool screen_rows(const Product& p, int64_t row, int64_
     bool found = false;
     direct_tile<format, shifted, true, R>(from, nullptr, tile_after(p, tile, tile + 1), w.cols / 32, p.x->row(row), p.x->row_bytes, [&](int r, Floats sum) {
         const Floats above = sum + fused(of_norm, all(reach[row + r].norm), of_value * all(reach[row + r].outliers));
-        float most = greatest(above);
-        if (count < kLanes) {
-            alignas(64) float each[kLanes];
-            store(each, above);
-            most = *std::max_element(each, each + count);
-        }
-        found |= !(most < least[row + r]);
+        found |= (not_less(above, least[row + r]) & ((1u << count) - 1)) != 0;
     });
     return found;
 }

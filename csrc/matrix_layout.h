@@ -20,8 +20,8 @@ namespace headrace {
 
 enum class Scales : uint8_t { none, d, dm, k, k_min, k_nibbles };  // k_nibbles: scale and minimum share a byte (Q2_K)
 
-// Of each output: what all of an input's bits apart together may add to a sum, for each unit of the input's norm, and what those of one value
-// may, for each unit of the value. Both cover the roundings of sums and bounds too (see Screened).
+// Of each output: what all of its bits apart together may add to a sum, for each unit of the input's norm, and what those of one weight may,
+// for each unit of its input. Both cover the roundings of sums and bounds too (see Reach).
 struct TileSlack {
     float of_norm[tile_rows], of_value[tile_rows];
 };

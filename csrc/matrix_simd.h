@@ -50,6 +50,8 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) { return {_mm
 constexpr bool wide_dot_is_signed = false;  // whether wide codes count as code - 128
 
 inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+// Of each lane a bit: whether it is not less than x. A NaN is not.
+inline uint32_t not_less(Floats a, float x) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(x), _CMP_NLT_UQ); }
 // Without a detour over memory, where a load of what several stores wrote waits for all of them.
 inline Floats with_lane(Floats a, int lane, float x) { return {_mm512_mask_broadcastss_ps(a.v, __mmask16(1 << lane), _mm_set_ss(x))}; }
 inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -130,6 +132,10 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
 constexpr bool wide_dot_is_signed = true;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return fma(x, y, z); }
+inline uint32_t not_less(Floats x, float y) {
+    const __m256 all = _mm256_set1_ps(y);
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x.a, all, _CMP_NLT_UQ)) | _mm256_movemask_ps(_mm256_cmp_ps(x.b, all, _CMP_NLT_UQ)) << 8);
+}
 inline __m256 with_lane(__m256 a, int lane, float x) {
     const __m256i here = _mm256_cmpeq_epi32(_mm256_set1_epi32(lane), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     return _mm256_blendv_ps(a, _mm256_set1_ps(x), _mm256_castsi256_ps(here));
@@ -207,6 +213,11 @@ template <bool wide> inline Ints dot(Ints acc, Codes w, int32_t x) {
 constexpr bool wide_dot_is_signed = false;
 
 inline Floats fused(Floats x, Floats y, Floats z) { return each([&](int i) { return std::fma(x.v[i], y.v[i], z.v[i]); }); }
+inline uint32_t not_less(Floats x, float y) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(x.v[i] < y)) << i;
+    return bits;
+}
 inline Floats with_lane(Floats a, int lane, float x) { a.v[lane] = x; return a; }
 inline Ints round_to_ints(Floats x) { return each_int([&](int i) { return int32_t(std::nearbyintf(x.v[i])); }); }
 inline void store_low_bytes(int8_t* p, Ints x) { for (int i = 0; i < kLanes; i++) p[i] = int8_t(x.v[i]); }

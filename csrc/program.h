@@ -39,7 +39,7 @@ struct Weight {
     const uint8_t* tile(int index) const { return matrix.data + size_t(index) * matrix.tile_bytes; }
 };
 
-// Of at most so many rows, each thread prepares all for itself: that costs less than a barrier.
+// Of at most so many rows, each thread prepares all for itself where nobody has (MadeReady): that costs less than a barrier.
 constexpr int kPrivateRows = 2;
 // With so many rows for each thread, every thread takes its own through all layers: each then reads and unpacks all weights, but what it
 // computes stays in its own caches, and it waits for nobody: that pays much sooner where the threads are far from each other. Large products
@@ -216,7 +216,7 @@ class Instruction {
     virtual const uint8_t* reads_first(const Worker&) const { return nullptr; }
     // True if it waits for other ranks.
     virtual bool waits() const { return false; }
-    // From now on prepares what it makes for the products of the next instruction, if it can (MadeReady); `reader` lives as long as it does.
+    // From now on prepares what it makes for the products of the next instruction, if it can (MadeReady); their input lives as long as it does.
     virtual bool make_ready_for(const ProductInput&) { return false; }
 
     const Instruction* next = nullptr;  // of the program, whose first one follows its last

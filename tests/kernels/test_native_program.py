@@ -32,6 +32,10 @@ ROPE = RopeTable((1e3 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)).astype(np.floa
 LIMITS = Limits(rows=128, logits=128, chunks=8, sequences=8, pages=(6,))
 
 
+def q8_0(source: np.ndarray, rows: int, cols: int) -> Tensor:
+    return Tensor("w", (rows, cols), TENSOR_TYPES["Q8_0"], source, Path("test"))
+
+
 def weights(ops) -> dict:
     rng = np.random.default_rng(11)
 
@@ -210,6 +214,62 @@ def test_a_step_that_begins_without_the_first_thread(threads: int, rows: int) ->
     assert led > 0
 
 
+def test_a_thread_with_few_rows_of_a_step_that_begins_without_the_first() -> None:
+    """A row with many keys is all that one thread has. Before the first thread was there, many rows were worked on
+    together; what is done once for few rows was not done for it."""
+    dim, layers, pages, long = 32, 24, 20, 290
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:1])
+    try:
+        ops = NativeOps(2)
+    finally:
+        os.sched_setaffinity(0, cores)
+    ops._pool.distance = 1
+    rng = np.random.default_rng(3)
+
+    def matrix(rows: int):
+        values = rng.standard_normal((rows, dim), dtype=np.float32) / 5
+        source = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+        return ops.pack(q8_0(source.reshape(-1), rows, dim))
+
+    table, weights = matrix(VOCAB), [[matrix(dim) for _ in "qkvo"] for _ in range(layers)]
+    caches = ops.kv_cache(layers, 1 + 2 * pages, PAGE, 1, dim, "float32")
+
+    def forward(batch: Batch):
+        x = ops.embed(table, batch.tokens)
+        for (q, k, v, o), cache in zip(weights, caches):
+            ops.kv_write(cache, ops.linear(x, k), ops.linear(x, v), batch.groups[0])
+            options = {"heads": 1, "scale": 0.3, "window": None, "softcap": None}
+            x = ops.add(x, ops.linear(ops.attention(ops.linear(x, q), cache, batch, batch.groups[0], **options), o))
+        return ops.linear(ops.take_rows(x, batch.logit_rows), table)
+
+    program = ops.capture(forward, Limits(rows=64, logits=64, chunks=2, sequences=2, pages=(pages,)))
+
+    def step(starts: list[int], counts: list[int]):
+        ends, positions = np.cumsum(counts), [range(start, start + n) for start, n in zip(starts, counts)]
+        where = np.concatenate([np.array(own) for own in positions]).astype(np.int32)
+        places = np.array([1 + pages * s + np.arange(pages) for s in range(len(counts))], np.int32)
+        slots = places[np.repeat(np.arange(len(counts)), counts), where // PAGE].astype(np.int64) * PAGE + where % PAGE
+        specs = np.array([logits_spec()] * len(where), native.SAMPLE)
+        tokens, rows = where % VOCAB, np.arange(len(where), dtype=np.int32)
+        return program.submit(tokens, where, np.array([0, *ends], np.int32), rows, [KVGroupBatch(slots, places)], specs)
+
+    step([0], [60]).result()  # keys that the long row sees
+    alone = step([long, 0], [1, 9])
+    whole = alone.result()[1].copy()
+    assert alone.apart
+    led = 0
+    for turn in range(300):
+        first, behind = step([0], [60]), step([long, 0], [1, 9])
+        if turn % 2:
+            first.result()
+            time.sleep(0.0005)
+        same = behind.result()[1].tobytes() == whole.tobytes()
+        assert same, f"turn {turn}, {behind.led} led"
+        led += behind.led > 0
+    assert led > 0
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not tell cores")
 def test_threads_that_slept_may_use_all_cores_again() -> None:
     cores, before = os.sched_getaffinity(0), threads()
@@ -279,8 +339,7 @@ def test_broken_logits_are_reported() -> None:
 def head_alone(isa: str, source: np.ndarray, vocab: int, dim: int, threads: int = 2) -> native.NativeProgram:
     """Logits of hidden states, from a head of Q8_0."""
     ops = NativeOps(threads, isa)
-    q8_0 = Tensor("w", (vocab, dim), TENSOR_TYPES["Q8_0"], source, Path("test"))
-    matrix = ops.pack(q8_0, head=True)
+    matrix = ops.pack(q8_0(source, vocab, dim), head=True)
     program = ops.capture(
         lambda b: ops.linear(ops.take_rows(b.hidden, b.logit_rows), matrix), Limits(16, 16, 16, 1, ()), dim
     )
@@ -326,6 +385,18 @@ def test_a_head_where_nothing_can_be_spared(isa: str) -> None:
     program, other = head_alone(isa, source, vocab, dim), head_alone(isa, source, vocab, dim)
     assert [best_and_logits(program, np.ones((1, dim), np.float32))[:2] for _ in range(4)] == [([0], 0)] * 4
     assert best_and_logits(other, np.full((1, dim), np.nan, np.float32))[0] == [BROKEN_LOGITS]
+
+
+@pytest.mark.parametrize("scale", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("row", [160, 165, 175, 199])  # of a whole tile and of the last, which is not
+@pytest.mark.parametrize("isa", ISAS)
+def test_screening_does_not_hide_what_is_not_finite(isa: str, row: int, scale: float) -> None:
+    vocab, dim = 200, 64
+    weights = np.random.default_rng(6).standard_normal((vocab, dim), dtype=np.float32)
+    source = gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0).reshape(vocab, -1, 34).copy()
+    source[row, 0, :2] = np.array([scale], np.float16).view(np.uint8)
+    program = head_alone(isa, source.reshape(-1), vocab, dim)
+    assert best_and_logits(program, 3 * weights[3:4])[0] == [BROKEN_LOGITS]
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-33])
