@@ -221,8 +221,8 @@ def _peak_resident_bytes() -> int:
 
 def time_test(llm: LLM, test: Test, rng: random.Random) -> float:
     """Seconds that count: to the first token, or for `new` tokens after it. A batch's first tokens do not come at once:
-    its seconds are those of a run of new + 1 tokens less those of one of 1. RequestError where noise swallows them again
-    and again."""
+    its seconds are those of a run of new + 1 tokens less those of one of 1. RequestError where noise swallows them time
+    after time."""
     if not test.new:
         return _generate(llm, test, 1, rng)[0]
     if test.batch == 1:
