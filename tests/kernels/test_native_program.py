@@ -80,16 +80,17 @@ def forward(ops, w: dict, batch: Batch, caches: list):
 class Model:
     ops: NativeOps
     program: native.NativeProgram
+    pages: int = 6  # of a sequence
 
     def step(self, chunks: list[tuple[int, int, list[int]]], samples: list | None = None):
-        """Queue chunks (sequence, start, tokens). Sequence s has pages 1 + 6 s and on. No samples: all logits."""
+        """Queue chunks (sequence, start, tokens). Sequence s has pages 1 + pages * s and on. No samples: all logits."""
         tokens = np.array([t for _, _, own in chunks for t in own], np.int32)
         counts = [len(own) for _, _, own in chunks]
         ends = np.cumsum(counts)
         positions = np.concatenate([np.arange(start, start + n) for (_, start, _), n in zip(chunks, counts)]).astype(
             np.int32
         )
-        table = np.array([1 + 6 * s + np.arange(6) for s, _, _ in chunks], np.int32)
+        table = np.array([1 + self.pages * s + np.arange(self.pages) for s, _, _ in chunks], np.int32)
         of_row = np.repeat(np.arange(len(chunks)), counts)
         slots = table[of_row, positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
         rows = np.arange(len(tokens), dtype=np.int32) if samples is None else (ends - 1).astype(np.int32)
@@ -243,24 +244,16 @@ def test_a_thread_with_few_rows_of_a_step_that_begins_without_the_first() -> Non
             x = ops.add(x, ops.linear(ops.attention(ops.linear(x, q), cache, batch, batch.groups[0], **options), o))
         return ops.linear(ops.take_rows(x, batch.logit_rows), table)
 
-    program = ops.capture(forward, Limits(rows=64, logits=64, chunks=2, sequences=2, pages=(pages,)))
-
-    def step(starts: list[int], counts: list[int]):
-        ends, positions = np.cumsum(counts), [range(start, start + n) for start, n in zip(starts, counts)]
-        where = np.concatenate([np.array(own) for own in positions]).astype(np.int32)
-        places = np.array([1 + pages * s + np.arange(pages) for s in range(len(counts))], np.int32)
-        slots = places[np.repeat(np.arange(len(counts)), counts), where // PAGE].astype(np.int64) * PAGE + where % PAGE
-        specs = np.array([logits_spec()] * len(where), native.SAMPLE)
-        tokens, rows = where % VOCAB, np.arange(len(where), dtype=np.int32)
-        return program.submit(tokens, where, np.array([0, *ends], np.int32), rows, [KVGroupBatch(slots, places)], specs)
-
-    step([0], [60]).result()  # keys that the long row sees
-    alone = step([long, 0], [1, 9])
+    limits = Limits(rows=64, logits=64, chunks=2, sequences=2, pages=(pages,))
+    model = Model(ops, ops.capture(forward, limits), pages)
+    before, chunks = [(0, 0, TOKENS)], [(0, long, TOKENS[:1]), (1, 0, TOKENS[:9])]
+    model.logits(before)  # keys that the long row sees
+    alone = model.step(chunks)
     whole = alone.result()[1].copy()
     assert alone.apart
     led = 0
     for turn in range(300):
-        first, behind = step([0], [60]), step([long, 0], [1, 9])
+        first, behind = model.step(before), model.step(chunks)
         if turn % 2:
             first.result()
             time.sleep(0.0005)
