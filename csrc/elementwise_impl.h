@@ -135,14 +135,13 @@ void sum_parts(const float* const* parts, int count, const float* residual, int 
 }
 
 void best(const float* x, int n, int32_t first, Best& best) {
-    Floats top = all(best.value), check = zero();
+    Floats tops[4] = {all(best.value), all(best.value), all(best.value), all(best.value)}, checks[4] = {zero(), zero(), zero(), zero()};
+    auto take_in = [&](int j, Floats v) { tops[j] = max(tops[j], v), checks[j] = fma(v, zero(), checks[j]); };
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        const Floats v = load(x + i);
-        top = max(top, v);
-        check = fma(v, zero(), check);
-    }
-    float greatest_value = greatest(top), not_finite = sum(check);
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+        for (int j = 0; j < 4; ++j) take_in(j, load(x + i + j * kLanes));
+    for (; i + kLanes <= n; i += kLanes) take_in(0, load(x + i));
+    float greatest_value = greatest(max(max(tops[0], tops[1]), max(tops[2], tops[3]))), not_finite = sum((checks[0] + checks[1]) + (checks[2] + checks[3]));
     for (; i < n; ++i) {
         greatest_value = x[i] > greatest_value ? x[i] : greatest_value;
         not_finite += x[i] * 0.0f;

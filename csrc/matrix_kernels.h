@@ -94,24 +94,24 @@ inline Codes shifted(Codes a) {
     else return a;
 }
 
-// Quad i of a group with three bits apart: the others, those apart being 0.
+// Quad i of a group with three bits apart, in whose place anything may be.
 template <int i>
-inline Codes quad_without_apart(const uint8_t* planes) {
+inline Codes quad_above_apart(const uint8_t* planes) {
     if constexpr (i < 5) {
-        return load_codes(planes + 64 * i) & all_codes(0xF8);
+        return load_codes(planes + 64 * i);
     } else {
-        const Codes w = left<5>(load_codes(planes + 64 * (i - 5))) & all_codes(0xE0), fourth = load_codes(planes + 192), fifth = load_codes(planes + 256);
-        if constexpr (i < 7) return merge(w, left<2>(i == 5 ? fourth : fifth), all_codes(0x18));
-        else return merge(merge(w, left<4>(fourth), all_codes(0x10)), left<3>(fifth), all_codes(0x08));
+        const Codes w = left<5>(load_codes(planes + 64 * (i - 5))), fourth = load_codes(planes + 192), fifth = load_codes(planes + 256);
+        if constexpr (i < 7) return replace(w, left<2>(i == 5 ? fourth : fifth), all_codes(0x1F));
+        else return replace(replace(w, left<4>(fourth), all_codes(0x1F)), left<3>(fifth), all_codes(0x0F));
     }
 }
 
 // The same with those apart.
 template <int i>
 inline Codes quad_with_apart(const uint8_t* planes, const uint8_t* apart) {
-    const Codes w = quad_without_apart<i>(planes);
-    if constexpr (i < 6) return merge(w, shifted<-(i / 3 * 3)>(load_codes(apart + i % 3 * 64)), all_codes(7));
-    else return merge(merge(w, right<6>(load_codes(apart + (i - 6) * 64)), all_codes(3)), right<i - 2>(load_codes(apart + 128)), all_codes(4));
+    const Codes w = quad_above_apart<i>(planes);
+    if constexpr (i < 6) return replace(w, shifted<-(i / 3 * 3)>(load_codes(apart + i % 3 * 64)), all_codes(7));
+    else return replace(replace(w, right<i - 2>(load_codes(apart + 128)), all_codes(7)), right<6>(load_codes(apart + (i - 6) * 64)), all_codes(3));
 }
 
 // Quad i of a group: for each of 16 outputs the codes of inputs 4i to 4i + 3. `apart`: of formats with bits apart, the group's.
@@ -136,7 +136,7 @@ inline void unpack_codes(const uint8_t* planes, const uint8_t* apart, Codes (&w)
 }
 
 inline void unpack_without_apart(const uint8_t* planes, Codes (&w)[8]) {
-    [&]<int... i>(std::integer_sequence<int, i...>) { ((w[i] = quad_without_apart<i>(planes)), ...); }(std::make_integer_sequence<int, 8>());
+    [&]<int... i>(std::integer_sequence<int, i...>) { ((w[i] = quad_above_apart<i>(planes) & all_codes(0xF8)), ...); }(std::make_integer_sequence<int, 8>());
 }
 
 // Scales d and minima m of a group, as floats: [0] for the first 16 inputs, [1] for the others where the format has halves.
@@ -224,7 +224,8 @@ inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats
     constexpr int count = layout.halves ? 16 : 32;
     const Ints from = all_ints((wide && wide_dot_is_signed ? 0 : -code_offset<format> * count) + more);
     Ints sums[2] = {from, from};
-    for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
+    if constexpr (layout.nibbles()) sums[0] = dot<false>(from, ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7])), 0x01010101);  // at most 120
+    else for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
     Floats total;
     if constexpr (layout.has_min()) total = fused(d[0], to_floats(sums[0]), all(float(count)) * (layout.halves ? m[0] + m[1] : m[0]));
     else total = d[0] * to_floats(sums[0]);
@@ -365,15 +366,17 @@ bool screen(const Product& p, int64_t row0, int64_t row1, int64_t tile, const Re
 // Both sums fit in 8 bits, one without sign and one with. a b is summed up once for all outputs, V W once for all rows, and the additions have
 // ports to spare that multiplications have not. What is to be summed up, a (v - 8) + b (w - 8), is (a + W) (b + V) - V W - b (a + 128).
 // Four inputs a and four b, two quads, make a pair. With more pairs than these the additions would take longer. GroupBlock::winograd is the sum of
-// -b (a + 128) over the pairs and of -8 a over the quads that are in none.
+// -b (a + 128) over the pairs and of -8 a over the quads that are in none, with float_from: what is summed up with it has the bits of a float,
+// from which V W, with float_from too, is taken off as one. That also converts the sum.
 constexpr int winograd_pairs = 3;  // quads 0 and 1, 2 and 3, 4 and 5: store_and_sum() has them built in
 static_assert(group_code_limit + 8 == 128 && 2 * group_code_limit + 15 <= 255);
+static_assert(32 * group_code_limit * 8 + 4 * winograd_pairs * (15 + group_code_limit) * 8 <= 1 << 22);  // what float_from bears
 
 // A group of two tiles. It stays in registers where everything that it goes through is inlined.
 template <Format format>
 struct GroupOfTiles {
     Codes w[2][8];           // quads; W and V of those in a pair
-    Ints products[2];        // V W of all pairs
+    Floats products[2];      // V W of all pairs, with float_from
     Floats d[2][2], m[2][2], whole[2];
 };
 
@@ -390,14 +393,14 @@ inline __attribute__((always_inline)) void read_group(GroupOfTiles<format>& to, 
         load_centred_scales<format>(super, in_super, to.d[t], to.m[t]);
         if constexpr (shifted) to.whole[t] = weight_sum<format>(w, to.d[t], to.m[t]);
         if constexpr (layout.nibbles()) {
-            Ints products = all_ints(0);
+            __m512i products = _mm512_set1_epi32(float_from);
 #pragma GCC unroll 4
             for (int i = 0; i < 2 * winograd_pairs; i += 2) {
-                const __m512i with_w = _mm512_add_epi8(w[i + 1].v, _mm512_set1_epi8(group_code_limit)), with_v = _mm512_add_epi8(w[i].v, _mm512_set1_epi8(-8));
-                products.v = _mm512_dpbusd_epi32(products.v, with_w, with_v);
-                w[i].v = with_w, w[i + 1].v = with_v;
+                const Codes with_w = w[i + 1] + all_codes(group_code_limit), with_v = w[i] + all_codes(-8);
+                products = _mm512_dpbusd_epi32(products, with_w.v, with_v.v);
+                w[i] = with_w, w[i + 1] = with_v;
             }
-            to.products[t] = products;
+            to.products[t].v = _mm512_castsi512_ps(products);
         }
     }
 }
@@ -423,8 +426,7 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             if constexpr (layout.nibbles()) {
-                const __m512i of_row = broadcast(&block(r).winograd);
-                for (int t = 0; t < 2; t++) sum[r][t].v = _mm512_sub_epi32(of_row, group.products[t].v);
+                sum[r][0].v = sum[r][1].v = broadcast(&block(r).winograd);
             } else {
                 sum[r][0] = sum[r][1] = start<format>(!layout.halves ? block(r).minus8 : half ? block(r).minus8 - block(r).minus8_low : block(r).minus8_low);
             }
@@ -457,7 +459,10 @@ inline __attribute__((always_inline)) void add_group(const GroupOfTiles<format>&
                     if constexpr (shifted) acc = fused(group.whole[t], all(block(r).offset), acc);
                     acc = add_minima<format>(acc, group.m[t], block(r));
                 }
-                acc = fused(group.d[t][half] * scale, to_floats(sum[r][t]), acc);
+                Floats of_codes;
+                if constexpr (layout.nibbles()) of_codes = Floats{_mm512_castsi512_ps(sum[r][t].v)} - group.products[t];
+                else of_codes = to_floats(sum[r][t]);
+                acc = fused(group.d[t][half] * scale, of_codes, acc);
                 if (last && half == layout.halves) out[t].put(row + r, acc);
                 else store(at, acc);
             }

@@ -17,9 +17,11 @@ inline Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_codes(uint8_t* p, Codes a) { _mm512_store_si512(p, a.v); }
 inline Codes all_codes(int x) { return {_mm512_set1_epi8(char(x))}; }
 inline Codes operator&(Codes a, Codes b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Codes operator+(Codes a, Codes b) { return {_mm512_add_epi8(a.v, b.v)}; }
 template <int n> inline Codes right(Codes a) { return {_mm512_srli_epi16(a.v, n)}; }  // bits cross bytes: mask them after
 template <int n> inline Codes left(Codes a) { return {_mm512_slli_epi16(a.v, n)}; }
 inline Codes merge(Codes a, Codes b, Codes mask) { return {_mm512_ternarylogic_epi64(a.v, b.v, mask.v, 0xF8)}; }  // a | (b & mask)
+inline Codes replace(Codes a, Codes b, Codes mask) { return {_mm512_ternarylogic_epi64(a.v, b.v, mask.v, 0xD8)}; }  // (a & ~mask) | (b & mask)
 inline Codes lookup(const uint8_t* table, Codes a) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), a.v)};
 }
@@ -57,6 +59,8 @@ inline Floats with_lane(Floats a, int lane, float x) { return {_mm512_mask_broad
 inline Ints round_to_ints(Floats a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline void store_low_bytes(int8_t* p, Ints a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 inline int32_t sum(Ints a) { return _mm512_reduce_add_epi32(a.v); }
+// An integer of at most 2^22 in size, added to this one, has the bits of the float 1.5 * 2^23 plus the integer.
+constexpr int32_t float_from = 0x4b400000;
 // Stores the low bytes of a and b, the codes of a group, one after the other, and sums them up. GroupBlock::winograd: each code of a pair's
 // second quad is multiplied by 128 + the first quad's, those of no pair by 8.
 inline GroupSums store_and_sum(int8_t* p, Ints a, Ints b) {
@@ -69,7 +73,7 @@ inline GroupSums store_and_sum(int8_t* p, Ints a, Ints b) {
     const __m128i sums = _mm_hadd_epi32(_mm_dpbusd_epi32(none, ones, a8), _mm_dpbusd_epi32(none, ones, b8));
     const __m128i all = _mm_hadd_epi32(sums, _mm_hadd_epi32(products, products));
     const int64_t both = _mm_cvtsi128_si64(all);
-    return {int32_t(both), int32_t(both >> 32), -_mm_extract_epi32(all, 2)};
+    return {int32_t(both), int32_t(both >> 32), float_from - _mm_extract_epi32(all, 2)};
 }
 
 #elif defined(__AVX2__)
@@ -82,11 +86,14 @@ inline Codes load_codes(const uint8_t* p) { return {load_half(p), load_half(p + 
 inline void store_codes(uint8_t* p, Codes x) { _mm256_storeu_si256((__m256i*)p, x.a), _mm256_storeu_si256((__m256i*)(p + 32), x.b); }
 inline Codes all_codes(int x) { return {_mm256_set1_epi8(char(x)), _mm256_set1_epi8(char(x))}; }
 inline Codes operator&(Codes x, Codes y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline Codes operator+(Codes x, Codes y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
 template <int n> inline Codes right(Codes x) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 template <int n> inline Codes left(Codes x) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
 inline Codes merge(Codes x, Codes y, Codes mask) {
     return {_mm256_or_si256(x.a, _mm256_and_si256(y.a, mask.a)), _mm256_or_si256(x.b, _mm256_and_si256(y.b, mask.b))};
 }
+inline __m256i replace(__m256i x, __m256i y, __m256i mask) { return _mm256_or_si256(_mm256_andnot_si256(mask, x), _mm256_and_si256(mask, y)); }
+inline Codes replace(Codes x, Codes y, Codes mask) { return {replace(x.a, y.a, mask.a), replace(x.b, y.b, mask.b)}; }
 inline Codes lookup(const uint8_t* table, Codes x) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return {_mm256_shuffle_epi8(t, x.a), _mm256_shuffle_epi8(t, x.b)};
@@ -172,9 +179,11 @@ inline Codes load_codes(const uint8_t* p) { Codes x; std::memcpy(x.v, p, 64); re
 inline void store_codes(uint8_t* p, Codes x) { std::memcpy(p, x.v, 64); }
 inline Codes all_codes(int x) { return each_code([&](int) { return x; }); }
 inline Codes operator&(Codes x, Codes y) { return each_code([&](int i) { return x.v[i] & y.v[i]; }); }
+inline Codes operator+(Codes x, Codes y) { return each_code([&](int i) { return x.v[i] + y.v[i]; }); }
 template <int n> inline Codes right(Codes x) { return each_code([&](int i) { return x.v[i] >> n; }); }
 template <int n> inline Codes left(Codes x) { return each_code([&](int i) { return x.v[i] << n; }); }
 inline Codes merge(Codes x, Codes y, Codes mask) { return each_code([&](int i) { return x.v[i] | (y.v[i] & mask.v[i]); }); }
+inline Codes replace(Codes x, Codes y, Codes mask) { return each_code([&](int i) { return (x.v[i] & ~mask.v[i]) | (y.v[i] & mask.v[i]); }); }
 inline Codes lookup(const uint8_t* table, Codes x) { return each_code([&](int i) { return table[x.v[i]]; }); }
 inline Codes rescale(Codes q, Codes factor, Codes addend) {
     return each_code([&](int i) {
