@@ -119,9 +119,10 @@ def test_pairs_of_codes_at_their_limits(name: str) -> None:
     x[0], x[1] = 3, -3
     weight = recipes.read_blocks(name, source, rows, cols)
     assert {0, 15} <= {*(weight.codes + recipes.OFFSETS.get(name, 0)).ravel()}
-    twin = multiply("group", name, weight, x)
-    for isa in ISAS:
-        np.testing.assert_array_equal(product(isa, name, rows, source, x), twin)
+    for recipe in ("group", "shifted"):
+        twin = multiply(recipe, name, weight, x)
+        for isa in ISAS:
+            np.testing.assert_array_equal(product(isa, name, rows, source, x, recipe), twin)
 
 
 @pytest.mark.parametrize("name", sorted({*FORMATS} - {*OF_FILE}))
