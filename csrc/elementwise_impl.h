@@ -135,13 +135,12 @@ void sum_parts(const float* const* parts, int count, const float* residual, int 
 }
 
 void best(const float* x, int n, int32_t first, Best& best) {
-    Floats tops[4] = {all(best.value), all(best.value), all(best.value), all(best.value)}, checks[4] = {zero(), zero(), zero(), zero()};
-    auto take_in = [&](int j, Floats v) { tops[j] = max(tops[j], v), checks[j] = fma(v, zero(), checks[j]); };
+    Floats top[2] = {all(best.value), all(best.value)}, check[2] = {zero(), zero()};  // two chains: one would wait for itself
+    auto look_at = [&](int chain, Floats v) { top[chain] = max(top[chain], v), check[chain] = fma(v, zero(), check[chain]); };
     int i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-        for (int j = 0; j < 4; ++j) take_in(j, load(x + i + j * kLanes));
-    for (; i + kLanes <= n; i += kLanes) take_in(0, load(x + i));
-    float greatest_value = greatest(max(max(tops[0], tops[1]), max(tops[2], tops[3]))), not_finite = sum((checks[0] + checks[1]) + (checks[2] + checks[3]));
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) look_at(0, load(x + i)), look_at(1, load(x + i + kLanes));
+    if (i + kLanes <= n) look_at(0, load(x + i)), i += kLanes;
+    float greatest_value = greatest(max(top[0], top[1])), not_finite = sum(check[0] + check[1]);
     for (; i < n; ++i) {
         greatest_value = x[i] > greatest_value ? x[i] : greatest_value;
         not_finite += x[i] * 0.0f;

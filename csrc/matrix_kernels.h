@@ -224,8 +224,12 @@ inline Floats weight_sum(const Codes (&w)[8], const Floats (&d)[2], const Floats
     constexpr int count = layout.halves ? 16 : 32;
     const Ints from = all_ints((wide && wide_dot_is_signed ? 0 : -code_offset<format> * count) + more);
     Ints sums[2] = {from, from};
-    if constexpr (layout.nibbles()) sums[0] = dot<false>(from, ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7])), 0x01010101);  // at most 120
-    else for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
+    if constexpr (layout.nibbles()) {
+        static_assert(!layout.halves);
+        sums[0] = dot<false>(from, ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7])), 0x01010101);  // bytes of at most 120
+    } else {
+        for (int i = 0; i < 8; i++) sums[layout.halves && i >= 4] = dot<wide>(sums[layout.halves && i >= 4], w[i], 0x01010101);
+    }
     Floats total;
     if constexpr (layout.has_min()) total = fused(d[0], to_floats(sums[0]), all(float(count)) * (layout.halves ? m[0] + m[1] : m[0]));
     else total = d[0] * to_floats(sums[0]);

@@ -329,6 +329,27 @@ def test_broken_logits_are_reported() -> None:
     assert [i.kind for i in program.instructions] == ["head"]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_best_is_found_wherever_it_is(isa: str) -> None:
+    """Also where it is not the only one: then the first is chosen. And one that is not finite is seen."""
+    vocab, rng = 290, np.random.default_rng(9)  # the last piece ends within a vector
+    table = rng.standard_normal((vocab, vocab), dtype=np.float32)  # a column is a row's logits
+    for place in range(vocab):
+        table[[place, *rng.integers(place, vocab, 2)], place] = 10
+    ops = NativeOps(2, isa)
+    matrix = ops.pack(tensor(table))
+    program = ops.capture(
+        lambda b: ops.linear(ops.take_rows(b.hidden, b.logit_rows), matrix), Limits(16, 16, 16, 1, ()), vocab
+    )
+    ops.finish_packing()
+    for first in range(0, vocab, 16):
+        places = list(range(first, min(vocab, first + 16)))
+        one = np.eye(vocab, dtype=np.float32)[places]
+        assert best_and_logits(program, one)[0] == places
+        for overflowing in (3e38, -3e38):  # a single one: where another row has it, it is multiplied by 0
+            assert best_and_logits(program, one * np.float32(overflowing))[0] == [BROKEN_LOGITS] * len(places)
+
+
 def head_alone(isa: str, source: np.ndarray, vocab: int, dim: int, threads: int = 2) -> native.NativeProgram:
     """Logits of hidden states, from a head of Q8_0."""
     ops = NativeOps(threads, isa)
