@@ -21,6 +21,7 @@ from .types import Event, Kind, SamplingParams
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .text.tokenizer import Tokenizer
     from .workers.embedder import Embedder
 
 
@@ -38,13 +39,15 @@ class LLM:
     def __init__(self, model: str = DEFAULT_MODEL, **settings: Any) -> None:
         opened = open_any(str(model))
         self.spec = opened.spec
-        self._grammars = Grammars(lambda: self.tokenizer, opened.spec.vocab_size)
+        made: list[Tokenizer] = []  # instead of `self`: a cycle would keep all weights until garbage is collected
+        self._grammars = Grammars(lambda: made[0], opened.spec.vocab_size)
         self._running: tuple[Engine, Resolved] | Embedder
         if isinstance(opened, EncoderModel):
             self._running = build_embedder(opened, Settings(**settings))
         else:
             self._running = build(opened, Settings(**settings), self._grammars)
         self.tokenizer = opened.tokenizer()  # while native threads still pack the weights
+        made.append(self.tokenizer)
         self._frontend = Frontend(self.tokenizer, self.spec.vocab_size)
         self._live: dict[str, Completion] = {}
         self._deltas: dict[str, list[Delta]] = {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from headrace.errors import (
     RequestError,
     TemplateError,
 )
-from headrace.types import Event, Step, StepResult, Timings
+from headrace.types import Event, GrammarSpec, Step, StepResult, Timings
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -253,6 +255,21 @@ def test_a_closed_llm_says_so(tiny: str) -> None:
         list(stream)
     with pytest.raises(EngineDeadError):
         llm.generate("y")
+
+
+def test_the_last_reference_takes_the_weights_along(tiny: str) -> None:
+    """None of them waits for a collection of garbage, which may be long in coming."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = LLM(tiny)
+        llm.generate(["abc", "d"], [GREEDY, SamplingParams(max_tokens=8, grammar=GrammarSpec("regex", "[ab]*"))])
+        kept = weakref.ref(llm), weakref.ref(llm.engine)
+        llm.close()
+        del llm
+        assert [reference() for reference in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("where", ["submit", "result"])
