@@ -6,6 +6,7 @@ import json
 import os
 import select
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ PEERS = Path(__file__).parent / "peers"
 DEFAULT_FOLDER = "~/.cache/headrace-peers"
 LOAD_SECONDS = 300.0
 TEST_SECONDS = 600.0
+SETTLE_SECONDS = 0.03  # OpenMP's threads spin for some 10 ms after their work, on cores that the next engine needs
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ class Peer:
         self.name, self._process = name, process
 
     def run(self, test: str) -> PeerRun:
-        """Run one test. HeadraceError where the peer fails or takes too long."""
+        """Run one test, and let the peer's threads fall asleep. HeadraceError where it fails or takes too long."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(test + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise HeadraceError(f"{self.name} has died; run it alone to see why") from None
-        return PeerRun(self.name, test, float(self.read(TEST_SECONDS)["tokens_per_second"]))
+        answer = self.read(TEST_SECONDS)
+        time.sleep(SETTLE_SECONDS)
+        return PeerRun(self.name, test, float(answer["tokens_per_second"]))
 
     def read(self, seconds: float) -> dict[str, float]:
         """The next answer."""

@@ -177,6 +177,7 @@ def measure(
     with LLM(model, **settings, max_sequences=most) as llm:
         load_s = time.perf_counter() - started
         resident = _resident_bytes()
+        fill_kv_memory(llm, tests, rng)
         for index, test in enumerate(tests):
             rows = test.batch if test.new else min(test.prompt, llm.config.max_batch_tokens)
             screens = llm.config.kernels.startswith("native") and llm.config.activations != "row"
@@ -199,12 +200,20 @@ def measure(
 
 
 def kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
-    """Bytes for the largest test and half as much again: little enough that after warming up all pages are in use, as
-    in a server that has run for a while. Memory touched for the first time costs more than what is stored in it."""
+    """Bytes for the largest test and half as much again: little enough for `fill_kv_memory`."""
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     per_token = resolve_settings(model, settings, ops).kv_bytes_per_token
     pages = max(test.batch * -(-test.context // settings.page_size) for test in tests)
     return (pages * 3 // 2 + 2) * settings.page_size * per_token
+
+
+def fill_kv_memory(llm: LLM, tests: Sequence[Test], rng: random.Random) -> None:
+    """Put all pages into use, as in a server that has run for a while: memory touched for the first time costs more
+    than what is stored in it, and pages that were never used are taken first."""
+    largest = max(tests, key=lambda test: test.batch * test.context)
+    tokens = max(llm.config.pages) * llm.config.page_size
+    for _ in range(-(-tokens // (largest.batch * largest.context))):
+        _generate(llm, largest, largest.new + 1, rng)
 
 
 def _resident_bytes() -> int:

@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..results import machine_facts, summarize_tests, write_results
 from ..trace import StageSpan
 from ..workers.timeline import bubble
-from .bench import Test, kv_memory, time_test
+from .bench import Test, fill_kv_memory, kv_memory, time_test
 from .spans import spans_since
 
 ALONE = "one process"
@@ -82,6 +82,8 @@ def measure_plans(
             own = settings | (joining if plan.hosts else {})
             doors[str(plan)] = stack.enter_context(LLM(model, plan=text, **own))
         report = PlanReport(machine_facts() | _facts(doors) | {"reps": reps}, list(doors))
+        for llm in doors.values():
+            fill_kv_memory(llm, tests, rng)
         count = len(tests) * (reps + 1) * len(doors)
         for index, test in enumerate(tests):
             for rep in range(-1, reps):
