@@ -8,8 +8,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "group.h"
 #include "instructions.h"
@@ -512,6 +517,11 @@ NB_MODULE(_native, m) {
     const Isa isa = best_isa();
     m.attr("supported_isas") = nb::cast(supported_isas());
     m.attr("screened_rows") = kScreenedRows;
+    m.def("release_heap", [] {
+#if defined(__GLIBC__)
+        malloc_trim(0);
+#endif
+    });
     m.def("read_bandwidth", [isa](size_t bytes, int threads) {
         nb::gil_scoped_release release;
         Pool pool(threads);

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from headrace.assemble import open_model
+from headrace.config import Settings
 from headrace.errors import CapacityError, ConfigError, RequestError
+from headrace.kernels import native
 from headrace.lab import bench
 from headrace.lab.bench import Test, cost_of, measure, parse_tests, print_report, write_report
+from headrace.llm import LLM
 from headrace.results import read_results
 
 
@@ -137,3 +142,24 @@ def test_measure_end_to_end(smollm2, tmp_path, capsys):
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(RequestError, match="cannot write"):
         write_report(bench.Report({}, []), tmp_path / "no" / "such" / "folder.json")
+
+
+def test_all_memory_for_keys_is_in_use(smollm2):
+    tests, settings = parse_tests("b3,pp70"), Settings()
+    room = bench.kv_memory(open_model(str(smollm2)), tests, settings)
+    with LLM(str(smollm2), kv_memory=room) as llm:
+        (pages,) = llm._decoder()[0].scheduler.routes.pools
+        assert len(pages._free) == pages.count - 1 > 3 * 128 // pages.page_size
+        bench.fill_kv_memory(llm, tests, random.Random(0))
+        assert not pages._free
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="the plain op set keeps weights as float32")
+def test_memory(smollm2, tmp_path):
+    """Weights once, in their own bits, keys and values, and not much else (59 MB measured; libraries differ)."""
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "headrace", "bench", "-m", str(smollm2), "--tests", "tg8,pp512", "--reps", "1"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    config = read_results(out)["config"]
+    assert config["resident_bytes"] - config["kv_memory"] <= 1.25 * smollm2.stat().st_size + 70e6

@@ -12,6 +12,9 @@ Transform: TypeAlias = tuple[str, np.ndarray | None, np.ndarray | None, float, f
 supported_isas: list[str]  # instruction sets that run here, widest first
 screened_rows: int  # SCREENED_ROWS
 
+def release_heap() -> None:
+    """Give memory that malloc holds and nobody uses back to the system, where the C library can (glibc)."""
+
 def read_bandwidth(bytes: int, threads: int) -> float:
     """GB/s of one pass over `bytes` of memory shared out among `threads`: the best of five."""
 

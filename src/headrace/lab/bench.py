@@ -16,7 +16,7 @@ import msgspec
 
 from ..assemble import Model, open_model, resolve_settings, thread_count
 from ..completion import Output
-from ..config import Settings
+from ..config import Resolved, Settings
 from ..errors import CapacityError, ConfigError, RequestError
 from ..kernels import choose_ops
 from ..llm import LLM
@@ -166,24 +166,22 @@ def measure(
 
     Prompts are random token ids, new ones every time, so that nothing is found in the prefix cache.
     """
-    opened = open_model(model)
-    weights = step_bytes(opened.file, opened.spec)
     most = max(Settings().max_sequences, *(test.batch for test in tests))
+    opened = open_model(model)
+    settings |= {"kv_memory": kv_memory(opened, tests, Settings(**settings)), "max_sequences": most}
+    resolved = _resolved(opened, Settings(**settings))
+    weights = step_bytes(opened.file, opened.spec)
+    costs = [_cost(test, opened, resolved) for test in tests]
+    del opened  # before its own tokens' memory counts as the engine's
     rng = random.Random(0)
     runs: list[Run] = []
     peer_runs: list[PeerRun] = []
     started = time.perf_counter()
-    settings["kv_memory"] = kv_memory(opened, tests, Settings(**settings))
-    with LLM(model, **settings, max_sequences=most) as llm:
+    with LLM(model, **settings) as llm:
         load_s = time.perf_counter() - started
-        resident = _resident_bytes()
         fill_kv_memory(llm, tests, rng)
-        for index, test in enumerate(tests):
-            rows = test.batch if test.new else min(test.prompt, llm.config.max_batch_tokens)
-            screens = llm.config.kernels.startswith("native") and llm.config.activations != "row"
-            spared = spared_bytes(opened.file, opened.spec, test.batch) if screens else 0
-            read = step_bytes(opened.file, opened.spec, rows) - spared  # at least so much
-            cost = cost_of(test, opened.spec, read, llm.config.kv_bytes_per_token, llm.config.max_batch_tokens)
+        resident, peak = _resident_bytes(), _peak_resident_bytes()  # before the ceilings take memory of their own
+        for index, (test, cost) in enumerate(zip(tests, costs, strict=True)):
             for rep in range(-1, reps):
                 seconds = time_test(llm, test, rng)
                 if rep >= 0:
@@ -195,16 +193,27 @@ def measure(
                         peer_runs.append(peer_run)
                 advance(index * (reps + 1) + rep + 2, len(tests) * (reps + 1))
         config = machine_facts() | msgspec.to_builtins(llm.config)
-    measured = {"load_s": load_s, "resident_bytes": resident, "peak_resident_bytes": _peak_resident_bytes()}
+    measured = {"load_s": load_s, "resident_bytes": resident, "peak_resident_bytes": peak}
     return Report(config | measured | {"bytes_per_step": weights, "reps": reps}, runs, peer_runs)
+
+
+def _cost(test: Test, model: Model, config: Resolved) -> Cost:
+    rows = test.batch if test.new else min(test.prompt, config.max_batch_tokens)
+    screens = config.kernels.startswith("native") and config.activations != "row"
+    spared = spared_bytes(model.file, model.spec, test.batch) if screens else 0
+    read = step_bytes(model.file, model.spec, rows) - spared  # at least so much
+    return cost_of(test, model.spec, read, config.kv_bytes_per_token, config.max_batch_tokens)
 
 
 def kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
     """Bytes for the largest test and half as much again: little enough for `fill_kv_memory`."""
-    ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
-    per_token = resolve_settings(model, settings, ops).kv_bytes_per_token
     pages = max(test.batch * -(-test.context // settings.page_size) for test in tests)
-    return (pages * 3 // 2 + 2) * settings.page_size * per_token
+    return (pages * 3 // 2 + 2) * settings.page_size * _resolved(model, settings).kv_bytes_per_token
+
+
+def _resolved(model: Model, settings: Settings) -> Resolved:
+    ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
+    return resolve_settings(model, settings, ops)
 
 
 def fill_kv_memory(llm: LLM, tests: Sequence[Test], rng: random.Random) -> None:
@@ -329,5 +338,6 @@ def print_report(report: Report) -> None:
     console.print(table)
     if report.peer_runs:
         console.print(_peer_table(report))
-    memory = f"{config['resident_bytes'] / 1e6:,.0f} MB resident, {config['peak_resident_bytes'] / 1e6:,.0f} MB at most"
-    console.print(f"loaded in {config['load_s']:.2f} s, {memory}")
+    steady, peak, kv = (config[key] / 1e6 for key in ("resident_bytes", "peak_resident_bytes", "kv_memory"))
+    console.print(f"loaded in {config['load_s']:.2f} s")
+    console.print(f"{steady:,.0f} MB resident, of which {kv:,.0f} for keys and values; {peak:,.0f} MB at most")
