@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -55,7 +56,7 @@ class Model:
     spec: ModelSpec
 
     def tokenizer(self) -> Tokenizer:
-        return _tokenizer(self)
+        return tokenizer_maker(self)()
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,22 @@ class EncoderModel:
     spec: EncoderSpec
 
     def tokenizer(self) -> Tokenizer:
-        return _tokenizer(self)
+        return tokenizer_maker(self)()
 
 
-def _tokenizer(model: Model | EncoderModel) -> Tokenizer:
+def tokenizer_maker(model: Model | EncoderModel) -> Callable[[], Tokenizer]:
+    """Makes the model's tokenizer when it is called. What waits for that keeps no weights mapped, as the model does."""
     if isinstance(model.file, GGUFFile):
-        tokenizer = Tokenizer.from_gguf(model.file.metadata, path=model.path)
-        if tokenizer.vocab_size != model.spec.vocab_size:
-            problem = f"has {tokenizer.vocab_size} tokens for {model.spec.vocab_size} rows of the embedding"
-            raise ModelFileError(model.path, "tokenizer.ggml.tokens", problem)
-        return tokenizer
-    return Tokenizer.from_folder(model.path)
+        return partial(_gguf_tokenizer, model.file.metadata, model.path, model.spec.vocab_size)
+    return partial(Tokenizer.from_folder, model.path)
+
+
+def _gguf_tokenizer(metadata: dict[str, Any], path: FilePath, rows: int) -> Tokenizer:
+    tokenizer = Tokenizer.from_gguf(metadata, path=path)
+    if tokenizer.vocab_size != rows:
+        problem = f"has {tokenizer.vocab_size} tokens for {rows} rows of the embedding"
+        raise ModelFileError(path, "tokenizer.ggml.tokens", problem)
+    return tokenizer
 
 
 def open_any(name: str) -> Model | EncoderModel:
@@ -126,7 +132,7 @@ def build_engine(model: Model, settings: Settings, grammars: Grammars | None = N
         resolved.max_context,
         resolved.page_size,
         len(caches),
-        grammars or Grammars(model.tokenizer, spec.vocab_size),
+        grammars or Grammars(tokenizer_maker(model), spec.vocab_size),
     )
     ahead = resolved.steps_in_flight * resolved.max_batch_tokens
     pools = zip(spec.kv_groups, resolved.pages, strict=True)

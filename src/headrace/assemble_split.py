@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from .assemble import Model, open_model, resolve_settings, scheduler_config
+from .assemble import Model, open_model, resolve_settings, scheduler_config, tokenizer_maker
 from .config import Resolved, Settings
 from .engine import Engine
 from .errors import ConfigError, ModelFileError
@@ -216,7 +216,7 @@ def build_rank(start: Start, group: Group | None) -> Runner | NativeRunner:
         start.max_context,
         settings.page_size,
         len(caches),
-        Grammars(model.tokenizer, spec.vocab_size) if ends else None,
+        Grammars(tokenizer_maker(model), spec.vocab_size) if ends else None,
         start.first_pool,
     )
     if isinstance(ops, ReferenceOps):

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from .assemble import EncoderModel, build_embedder, open_any
+from .assemble import EncoderModel, build_embedder, open_any, tokenizer_maker
 from .build import build
 from .engine import Engine
 from .errors import ConfigError, EngineDeadError, HeadraceError, RequestError
@@ -64,10 +64,13 @@ def serve(door: Door) -> None:
     try:
         opened = open_any(load.model)
         if isinstance(opened, EncoderModel):
-            serve_encoder(door, build_embedder(opened, load.settings))
+            embedder = build_embedder(opened, load.settings)
+            del opened  # which would keep the file mapped
+            serve_encoder(door, embedder)
             return
-        grammars = Grammars(opened.tokenizer, opened.spec.vocab_size)
+        grammars = Grammars(tokenizer_maker(opened), opened.spec.vocab_size)
         engine, resolved = build(opened, load.settings, grammars)
+        del opened
     except HeadraceError as error:
         door.send(_refusal(None, error))
         door.flush()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.tiny import write_tiny
 
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.completion import Completion, Delta
@@ -26,7 +27,9 @@ from headrace.errors import (
     RequestError,
     TemplateError,
 )
+from headrace.kernels import native
 from headrace.types import Event, GrammarSpec, Step, StepResult, Timings
+from headrace.workers.staged import StagedExecutor
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -270,6 +273,27 @@ def test_the_last_reference_takes_the_weights_along(tiny: str) -> None:
         assert [reference() for reference in kept] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="the plain op set reads weights from the file")
+async def test_after_the_first_step_nobody_keeps_the_file(tmp_path: Path) -> None:
+    """Its weights would stay resident, beside those that are packed."""
+    path = write_tiny(tmp_path / "kept.gguf")
+    with LLM(str(path)) as llm:
+        assert is_mapped(os.getpid(), path)
+        llm.generate("x", GREEDY)
+        assert not is_mapped(os.getpid(), path)
+    with LLM(str(path), plan="0-1 | 2-2") as llm:
+        llm.generate("x", GREEDY)
+        assert isinstance(llm.engine.executor, StagedExecutor)
+        assert not any(is_mapped(one.pid, path) for one in llm.engine.executor.status() if one.pid)
+    async with AsyncLLM(str(path), threads=1) as engine:
+        await engine.generate("x", GREEDY)
+        assert engine.pid is not None and not is_mapped(engine.pid, path)
+
+
+def is_mapped(pid: int, path: Path) -> bool:
+    return str(path.resolve()) in Path(f"/proc/{pid}/maps").read_text()
 
 
 @pytest.mark.parametrize("where", ["submit", "result"])

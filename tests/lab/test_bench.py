@@ -145,8 +145,8 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 
 def test_all_memory_for_keys_is_in_use(smollm2):
-    tests, settings = parse_tests("b3,pp70"), Settings()
-    room = bench.kv_memory(open_model(str(smollm2)), tests, settings)
+    tests = parse_tests("b3,pp70")
+    room = bench.kv_memory(tests, bench.resolved_settings(open_model(str(smollm2)), Settings()))
     with LLM(str(smollm2), kv_memory=room) as llm:
         (pages,) = llm._decoder()[0].scheduler.routes.pools
         assert len(pages._free) == pages.count - 1 > 3 * 128 // pages.page_size

@@ -15,6 +15,7 @@ import pytest
 from headrace import LLM
 from headrace.assemble import open_model
 from headrace.errors import EngineDeadError, RequestError, UnsupportedModelError
+from headrace.kernels import native
 from headrace.lab.embedding import measure_embedding, mixed_texts, print_embedding
 from headrace.results import read_results
 
@@ -148,6 +149,8 @@ def test_logits_of_masked_tokens(tmp_path: Path) -> None:
             llm.classify("ac")
         with pytest.raises(RequestError, match="90 tokens, and the model takes 77"):
             llm.logits([5] * 90)
+        maps = Path("/proc/self/maps").read_text()
+        assert native.missing() or str(tmp_path.resolve()) not in maps, "weights are packed; the file is let go"
 
 
 def test_classes(tmp_path: Path) -> None:

@@ -200,8 +200,11 @@ class Instruction:
 class NativeProgram:
     """A recorded range of layers. `instructions` are what it does, in order, after fusion."""
 
-    def __init__(self, program: Any, width: int, instructions: tuple[Instruction, ...], group: Any = None) -> None:
-        self._program, self._width, self.instructions, self._group = program, width, instructions, group
+    def __init__(
+        self, ops: NativeOps, program: Any, width: int, instructions: tuple[Instruction, ...], group: Any = None
+    ) -> None:
+        self._ops, self._program, self._width, self._group = ops, program, width, group
+        self.instructions = instructions
 
     def submit(
         self,
@@ -217,8 +220,9 @@ class NativeProgram:
         """Queue a step: arrays as in `Batch`, `samples` of SAMPLE [logit rows]. All are copied.
 
         A range that starts with `hidden` takes no tokens. `timed` measures each instruction. Raises ValueError where an
-        array breaks a limit or contradicts another.
+        array breaks a limit or contradicts another. The first step of all lets go of the file (`finish_packing`).
         """
+        self._ops.finish_packing()
         places = [(group.slots, group.page_table) for group in groups]
         ticket = self._program.submit(
             tokens, positions, chunk_rows, logit_rows, places, samples.view(np.uint8), hidden, timed
@@ -741,7 +745,7 @@ def _build(ops: NativeOps, batch: Batch, records: list[Record], output: Value | 
         if group is None:
             raise
         raise ConfigError(f"the program does not fit its group of ranks: {error}") from None
-    return NativeProgram(program, 1 if output is None else output.width, tuple(map(_instruction, items)), group)
+    return NativeProgram(ops, program, 1 if output is None else output.width, tuple(map(_instruction, items)), group)
 
 
 def _write(program: Any, batch: Batch, items: list[Item], output: Value | None, per_row: bool) -> None:

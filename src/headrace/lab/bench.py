@@ -168,8 +168,8 @@ def measure(
     """
     most = max(Settings().max_sequences, *(test.batch for test in tests))
     opened = open_model(model)
-    settings |= {"kv_memory": kv_memory(opened, tests, Settings(**settings)), "max_sequences": most}
-    resolved = _resolved(opened, Settings(**settings))
+    resolved = resolved_settings(opened, Settings(**settings))
+    settings |= {"kv_memory": kv_memory(tests, resolved), "max_sequences": most}
     weights = step_bytes(opened.file, opened.spec)
     costs = [_cost(test, opened, resolved) for test in tests]
     del opened  # before its own tokens' memory counts as the engine's
@@ -205,13 +205,14 @@ def _cost(test: Test, model: Model, config: Resolved) -> Cost:
     return cost_of(test, model.spec, read, config.kv_bytes_per_token, config.max_batch_tokens)
 
 
-def kv_memory(model: Model, tests: Sequence[Test], settings: Settings) -> int:
+def kv_memory(tests: Sequence[Test], config: Resolved) -> int:
     """Bytes for the largest test and half as much again: little enough for `fill_kv_memory`."""
-    pages = max(test.batch * -(-test.context // settings.page_size) for test in tests)
-    return (pages * 3 // 2 + 2) * settings.page_size * _resolved(model, settings).kv_bytes_per_token
+    pages = max(test.batch * -(-test.context // config.page_size) for test in tests)
+    return (pages * 3 // 2 + 2) * config.page_size * config.kv_bytes_per_token
 
 
-def _resolved(model: Model, settings: Settings) -> Resolved:
+def resolved_settings(model: Model, settings: Settings) -> Resolved:
+    """What one process would run with."""
     ops = choose_ops(settings.kernels, thread_count(settings.threads), settings.activations)
     return resolve_settings(model, settings, ops)
 

@@ -71,7 +71,6 @@ class _Bench:
         most = max(rows, PREFILL)
         limits = Limits(rows=most, logits=rows, chunks=rows, sequences=rows, pages=(pages,) * len(caches))
         self.program: NativeProgram = ops.capture(lambda batch: decoder.forward(ops, batch, caches), limits)
-        ops.finish_packing()
         self.pages = 1 + np.arange(rows * pages, dtype=np.int32).reshape(rows, pages)
         self._fill(caches, context)
 

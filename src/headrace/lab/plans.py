@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..results import machine_facts, summarize_tests, write_results
 from ..trace import StageSpan
 from ..workers.timeline import bubble
-from .bench import Test, fill_kv_memory, kv_memory, time_test
+from .bench import Test, fill_kv_memory, kv_memory, resolved_settings, time_test
 from .spans import spans_since
 
 ALONE = "one process"
@@ -73,7 +73,8 @@ def measure_plans(
     joining = {name: settings.pop(name, None) for name in ("listen", "secret_file")}
     opened = open_model(model)
     most = max(Settings().max_sequences, *(test.batch for test in tests))
-    settings |= {"kv_memory": 2 * kv_memory(opened, tests, Settings(**settings)), "max_sequences": most}
+    resolved = resolved_settings(opened, Settings(**settings))
+    settings |= {"kv_memory": 2 * kv_memory(tests, resolved), "max_sequences": most}
     rng = random.Random(0)
     with ExitStack() as stack:
         doors = {ALONE: stack.enter_context(LLM(model, **settings))}

@@ -139,7 +139,6 @@ class NativeRunner(Single):
     def launch(self, prepared: Prepared, hidden: np.ndarray | None = None) -> Queued:
         """Queue a step. `hidden` is copied."""
         step, rows = prepared
-        self._ops.finish_packing()
         for copy in self._residents.copies(step):
             self._ops.copy_page(self._caches[copy.pool], copy.source, copy.target)
         for index, (chunk, resident) in enumerate(zip(rows.chunks, rows.residents, strict=True)):
